@@ -1,0 +1,137 @@
+"""`Denoiser`: the one face of a model that everything else is derived from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from undiffuse.core.errors import ArgumentError
+from undiffuse.core.shapes import as_time, pad_to
+from undiffuse.fields import prediction as predictions
+from undiffuse.fields.prediction import Coefficients, Prediction
+from undiffuse.paths import Path, change_of_path
+
+Event = Float[Tensor, "b *event"]
+Time = Float[Tensor, ""] | Float[Tensor, " b"] | float
+Cond = Tensor | dict[str, Tensor] | None
+
+
+class Denoiser(nn.Module):
+    """`D(x_t, t) = E[x_0 | x_t]` on a path.
+
+    Noise, score and velocity follow from it (Prop. 6.3.1). A subclass gives `estimate`, which returns both
+    conditional means `(E[x_0 | x_t], E[eps | x_t])`, or `forward` alone, from which the noise is then derived.
+
+    All methods take `x_t` (B, *event), `t` () or (B,), and `cond` (None: unconditional).
+    """
+
+    path: Path
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    @abstractmethod
+    def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        """`E[x_0 | x_t]`."""
+
+    def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
+        """`(E[x_0 | x_t], E[eps | x_t])` from one call; `eps = (x_t - alpha x_0) / sigma`."""
+        time = as_time(t, x_t)
+        x_0 = self(x_t, t, cond)
+        alpha, sigma = pad_to(self.path.alpha(time), x_t), pad_to(self.path.sigma(time), x_t)
+        return x_0, (x_t - alpha * x_0) / sigma
+
+    def noise(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        """`E[eps | x_t]`."""
+        return self.estimate(x_t, t, cond)[1]
+
+    def score(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        """`grad log p_t(x_t) = -E[eps | x_t] / sigma` (Tweedie)."""
+        return -self.noise(x_t, t, cond) / pad_to(self.path.sigma(as_time(t, x_t)), x_t)
+
+    def velocity(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        """`alpha' E[x_0 | x_t] + sigma' E[eps | x_t]`, the right-hand side of the PF-ODE (Prop. 6.3.2)."""
+        time = as_time(t, x_t)
+        x_0, noise = self.estimate(x_t, t, cond)
+        return pad_to(self.path.alpha_dot(time), x_t) * x_0 + pad_to(self.path.sigma_dot(time), x_t) * noise
+
+
+class NetworkDenoiser(Denoiser):
+    """A network read as one of the six predictions.
+
+    The network is called as `net(c_in x_t, c_noise, cond)` in its own dtype, c_noise of shape (B,), and its output F
+    gives `x_0 = c_skip x_t + c_out F`; see `undiffuse.predictions`.
+
+    Where the signal is gone (alpha = 0) a predicted noise or score does not determine x_0; such predictions are
+    evaluated at `path.t_high` there.
+
+    Args:
+        net: called as above; returns the shape of its input.
+        path: the path it is trained on.
+        prediction: a name, or a `Prediction`.
+        sigma_data: standard deviation of the data, used by "edm".
+
+    Raises:
+        ArgumentError: unknown prediction; sigma_data <= 0; a network that returns another shape.
+    """
+
+    def __init__(self, net: nn.Module, path: Path, prediction: str | Prediction = "noise", sigma_data: float = 0.5):
+        super().__init__(path)
+        if not sigma_data > 0:
+            raise ArgumentError(f"sigma_data is {sigma_data}: expected the data's standard deviation, > 0")
+        self.net = net
+        self.prediction = predictions.get(prediction)
+        self.sigma_data = sigma_data
+
+    def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients]:
+        """The network's output F and the coefficients that give it its meaning; what objectives regress."""
+        c = self._coefficients(as_time(t, x_t))
+        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
+        x_in = (pad_to(c.c_in, x_t) * x_t).to(dtype)
+        output = self.net(x_in, c.c_noise.expand(x_t.shape[0]), cond)
+        if output.shape != x_t.shape:
+            raise ArgumentError(
+                f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x_t.shape)}: expected the same"
+            )
+        return output.to(x_t.dtype), c
+
+    def _coefficients(self, time: Tensor) -> Coefficients:
+        if self.prediction.needs_signal:
+            time = time.clamp(max=self.path.t_high)
+        return self.prediction.coefficients(self.path, time, self.sigma_data)
+
+    def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        output, c = self.output(x_t, t, cond)
+        return c.data(output, x_t)
+
+    def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
+        output, c = self.output(x_t, t, cond)
+        return c.data(output, x_t), c.noise(output, x_t)
+
+
+class OnPath(Denoiser):
+    """A denoiser trained on one path, asked on another (Prop. 6.3.3): `D(x, t) = D_source(x / c, tau)`."""
+
+    def __init__(self, source: Denoiser, path: Path):
+        super().__init__(path)
+        self.source = source
+
+    def _moved(self, x_t: Event, t: Time) -> tuple[Event, Tensor]:
+        tau, scale = change_of_path(self.source.path, self.path, as_time(t, x_t))
+        return x_t / pad_to(scale, x_t), tau
+
+    def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        x_tau, tau = self._moved(x_t, t)
+        return self.source(x_tau, tau, cond)
+
+    def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
+        x_tau, tau = self._moved(x_t, t)
+        return self.source.estimate(x_tau, tau, cond)
+
+
+def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
+    """The same model on another path: train on one, sample on another (Prop. 6.3.3)."""
+    return OnPath(denoiser, path)

@@ -1,0 +1,83 @@
+"""The denoising objective: regression of the clean data, of its noise, or of any line between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.core import random
+from undiffuse.core.errors import choose
+from undiffuse.core.random import Generator
+from undiffuse.fields import NetworkDenoiser
+from undiffuse.objectives.times import TIMES, TimeDistribution
+from undiffuse.objectives.weights import WEIGHTS, Weight
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per-sample losses and the noise levels at which they were taken, each of shape (B,)."""
+
+    loss: Tensor
+    t: Tensor
+    half_log_snr: Tensor
+
+
+class Denoising:
+    """`E_t E_{x_0, eps} w(t) |D(x_t, t) - x_0|^2` (eq. 4.2.1; Vincent 2011; Ho et al. 2020).
+
+    Two of its four axes sit on the model (path and prediction), two here. It is computed on the network's own output,
+    `w c_out^2 |F - F*|^2`, so that no noise level is lost to rounding. The value is per sample, the mean over the
+    event's dimensions; weights of the likelihood type sum over them.
+
+    DDPM: noise prediction, "simple". Score SDE: "likelihood" or "snr". EDM: "edm" prediction and weight, "log-normal"
+    times. Gaussian flow matching: velocity prediction on `Linear`, "simple".
+
+    Args:
+        time: a name ("uniform", "log-normal", "uniform-half-log-snr", "logit-normal", "discrete") or an object.
+        weight: a name ("simple", "snr", "min-snr", "truncated-snr", "likelihood", "edm") or an object.
+
+    Raises:
+        ArgumentError: an unknown name; the nearest is offered.
+    """
+
+    def __init__(self, time: str | TimeDistribution = "uniform", weight: str | Weight = "simple"):
+        self.time = choose(time, TIMES, "time distribution")() if isinstance(time, str) else time
+        self.weight = choose(weight, WEIGHTS, "weight")() if isinstance(weight, str) else weight
+
+    def __repr__(self) -> str:
+        return f"Denoising(time={self.time}, weight={self.weight})"
+
+    def __call__(
+        self, model: NetworkDenoiser, x_0: Float[Tensor, "b *event"], cond=None, generator: Generator = None
+    ) -> Float[Tensor, " b"]:
+        """Per-sample losses at times and noises drawn from `generator`."""
+        return self.losses(model, x_0, cond, generator).loss
+
+    def losses(
+        self, model: NetworkDenoiser, x_0: Float[Tensor, "b *event"], cond=None, generator: Generator = None
+    ) -> Losses:
+        """The losses with the noise levels they were taken at."""
+        u = random.uniform(x_0.shape[:1], generator, dtype=torch.float64, device=x_0.device)
+        t = self.time.quantile(model.path, u).to(torch.promote_types(x_0.dtype, torch.float32))
+        noise = random.normal(x_0.shape, generator, dtype=x_0.dtype, device=x_0.device)
+        loss = self.at(model, x_0, t, noise, cond)
+        level = t.detach().clamp(model.path.t_low, model.path.t_high)
+        return Losses(loss, t, model.path.half_log_snr(level))
+
+    def at(
+        self,
+        model: NetworkDenoiser,
+        x_0: Float[Tensor, "b *event"],
+        t: Float[Tensor, " b"],
+        noise: Float[Tensor, "b *event"],
+        cond=None,
+    ) -> Float[Tensor, " b"]:
+        """Per-sample losses at the times and noises given: the objective without its randomness."""
+        x_t = model.path.perturb(x_0, t, noise)
+        output, c = model.output(x_t, t, cond)
+        squared = (output - c.target(x_0, noise)).square().flatten(1)
+        error = squared.sum(dim=1) if self.weight.sums else squared.mean(dim=1)
+        return self.weight.on_output(model.path, t, c) * error

@@ -1,0 +1,7 @@
+"""Floor 1: how data becomes noise."""
+
+from undiffuse.paths.base import Path, change_of_path
+from undiffuse.paths.schedules import PATHS, VE, VP, Cosine, Karras, Linear, SubVP, Trig
+from undiffuse.paths.tabulated import Tabulated
+
+__all__ = ["PATHS", "VE", "VP", "Cosine", "Karras", "Linear", "Path", "SubVP", "Tabulated", "Trig", "change_of_path"]
