@@ -1,6 +1,10 @@
 """Shapes in signatures are checked at run time: jaxtyping with beartype, for every function of the library."""
 
 import os
+
+# Tests are small tensors: more threads only wait for each other, and two test runs on one machine starve.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from pathlib import Path
 
 import pytest
@@ -25,8 +29,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,41 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _ROOMS.items() for name in names}
 
-__all__ = sorted([*_HOME, *_MODULES, "__version__"])
+__all__ = [
+    "VE",
+    "VP",
+    "Cosine",
+    "Denoiser",
+    "Denoising",
+    "Empirical",
+    "Gaussian",
+    "GaussianMixture",
+    "Karras",
+    "Linear",
+    "NetworkDenoiser",
+    "Path",
+    "Recipe",
+    "Run",
+    "Streams",
+    "SubVP",
+    "Tabulated",
+    "Trig",
+    "UndiffuseError",
+    "__version__",
+    "change_of_path",
+    "data",
+    "exact_flow",
+    "load_recipe",
+    "load_run",
+    "make_grid",
+    "metrics",
+    "nets",
+    "on_path",
+    "predictions",
+    "sample",
+    "solvers",
+    "train",
+]
 
 
 def __getattr__(name: str):

@@ -145,7 +145,7 @@ class Path(ABC):
         return on_x_t * x_t + on_x_0 * x_0, self.sigma(s) * rest.sqrt()
 
     def _ratio(self, s: Time, t: Time) -> Time:
-        """`r = alpha_t sigma_s / (alpha_s sigma_t)` in [0, 1]: the exponential of lambda_t - lambda_s, without a log."""
+        """`r = alpha_t sigma_s / (alpha_s sigma_t)` in [0, 1]: exp(lambda_t - lambda_s) without a logarithm."""
         return (self.alpha(t) / self.alpha(s)) * (self.sigma(s) / self.sigma(t))
 
     # ------------------------------------------------------------------ draws
@@ -200,7 +200,8 @@ class Path(ABC):
         low, high = t.min().item(), t.max().item()
         if not (low >= self.t_min - slack and high <= self.t_max + slack):
             raise ArgumentError(
-                f"time outside the path: given {low:g} to {high:g}, expected {self.t_min:g} <= t <= {self.t_max:g} on {self}"
+                f"time outside the path: given {low:g} to {high:g}, "
+                f"expected {self.t_min:g} <= t <= {self.t_max:g} on {self}"
             )
 
     def _check_order(self, s: Time, t: Time) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from undiffuse.paths.base import Path, Time
 def _check_range(path: str, **values: float) -> None:
     """Raise unless the values given by name are finite, positive and increasing in the order given."""
     numbers = list(values.values())
-    if any(not math.isfinite(v) or v <= 0 for v in numbers) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+    if any(not math.isfinite(v) or v <= 0 for v in numbers) or any(a >= b for a, b in itertools.pairwise(numbers)):
         given = ", ".join(f"{k}={v:g}" for k, v in values.items())
         raise ArgumentError(f"{path}: given {given}; expected 0 < {' < '.join(values)}")
 
