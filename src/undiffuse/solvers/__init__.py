@@ -1,0 +1,40 @@
+"""Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
+
+from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
+from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
+from undiffuse.solvers.integrate import (
+    SOLVERS,
+    Sample,
+    SamplingError,
+    Step,
+    get_solver,
+    integrate,
+    sample,
+)
+from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.stochastic import DDPM, EDM
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "EDM",
+    "GRIDS",
+    "SOLVERS",
+    "Bound",
+    "DPMpp2M",
+    "Euler",
+    "Heun",
+    "Sample",
+    "SamplingError",
+    "Solver",
+    "Step",
+    "check_grid",
+    "combine",
+    "get_solver",
+    "integrate",
+    "make_grid",
+    "rates",
+    "sample",
+    "scales",
+]

@@ -1,0 +1,147 @@
+"""What every solver is made of: the protocol, the field it calls, and the one fused update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.core.errors import ArgumentError
+from undiffuse.core.shapes import as_time
+from undiffuse.fields import Denoiser
+from undiffuse.paths import Path
+from undiffuse.solvers.grids import make_grid
+
+Event = Float[Tensor, "b *event"]
+Scalar = Float[Tensor, ""]
+Noise = Callable[[], Tensor]
+Cond = Tensor | dict[str, Tensor] | None
+
+
+@runtime_checkable
+class Field(Protocol):
+    """What a solver needs of a model: a path, and `E[x_0 | x_t]` when called. A `Denoiser` or a `Bound`."""
+
+    path: Path
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A way to step from time t to a smaller time s. A frozen value: what a run remembers travels in `state`.
+
+    Attributes:
+        order: of convergence; the weak order where `stochastic`.
+        evals_per_step: field evaluations of a step inside the path. A step that ends in sigma = 0, and for some
+            a step that starts in alpha = 0, is a closed form and takes one.
+        stochastic: whether steps draw noise.
+    """
+
+    order: ClassVar[int]
+    evals_per_step: ClassVar[int]
+    stochastic: ClassVar[bool] = False
+
+    def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
+        """The times used where the caller gives none: `make_grid(path, steps, "canonical")`.
+
+        Measured for `dpmpp-2m` against `exact_flow`: error of x_0 (root mean square; geometric mean over 5, 6, 8, 10,
+        12, 15 and 20 steps and over Linear, VP, Cosine, VE and Karras) on a ring of 8 modes / 3 wide modes / 300 digits
+        smoothed by 0.1: canonical 0.017 / 0.011 / 0.113, angle 0.063 / 0.030 / 0.105, quadratic 0.036 / 0.040 / 0.168,
+        half-log-snr 0.059 / 0.048 / 0.176, time 0.093 / 0.060 / 0.155, karras 0.140 / 0.102 / 0.200. Of the exponents
+        1.5, 1.75, 2 and 2.5 of the canonical time the first was the best.
+        """
+        return make_grid(path, steps, "canonical")
+
+    def for_steps(self, steps: int) -> Solver:
+        """The solver for a run of that many steps; only churn, which is shared among them, depends on it."""
+        return self
+
+    def init(self, field: Field, x: Event, t: Scalar) -> Any:
+        """What the first step needs to know of the past: nothing."""
+        return None
+
+    @abstractmethod
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        """`(x_s, state)` from `x_t`; t > s are float64 scalars on the CPU, `noise()` draws one tensor like x."""
+
+
+class Bound:
+    """A denoiser with its condition and its grid: called at scalar times, counted, its last answer kept.
+
+    The scales of the path on the grid are computed once for all steps, in float64.
+
+    Args:
+        field: the denoiser.
+        cond: passed to every call.
+        grid: times at which solvers will ask for the scales; others are computed when asked for.
+    """
+
+    def __init__(self, field: Denoiser, cond: Cond = None, grid: Tensor | None = None):
+        self.field = field
+        self.path = field.path
+        self.cond = cond
+        self.grid = grid
+        self.calls = 0
+        self.denoised: Tensor | None = None
+        self._scales = self._table(self.path.alpha, self.path.sigma)
+        self._rates: dict[float, tuple[float, float]] | None = None
+
+    def _table(self, first: Callable, second: Callable) -> dict[float, tuple[float, float]]:
+        if self.grid is None:
+            return {}
+        return dict(zip(self.grid.tolist(), zip(first(self.grid).tolist(), second(self.grid).tolist())))
+
+    def __call__(self, x: Event, t: Tensor) -> Event:
+        """`E[x_0 | x_t]`, in the dtype of x."""
+        self.calls += 1
+        denoised = self.field(x, as_time(t, x), self.cond)
+        if denoised.shape != x.shape:
+            raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
+        self.denoised = denoised = denoised.to(x.dtype)
+        return denoised
+
+    def score(self, x: Event, t: Tensor) -> Event:
+        """`grad log p_t(x)`, for correctors; counted as a call."""
+        self.calls += 1
+        return self.field.score(x, as_time(t, x), self.cond).to(x.dtype)
+
+    def scales(self, t: Tensor) -> tuple[float, float] | None:
+        """(alpha, sigma) where t is on the grid."""
+        return self._scales.get(float(t))
+
+    def rates(self, t: Tensor) -> tuple[float, float] | None:
+        """(alpha', sigma') where t is on the grid."""
+        if self._rates is None:
+            self._rates = self._table(self.path.alpha_dot, self.path.sigma_dot)
+        return self._rates.get(float(t))
+
+
+def scales(field: Field, t: Tensor) -> tuple[float, float]:
+    """`(alpha, sigma)` at a scalar time as Python floats, from the field's table where it carries one."""
+    known = getattr(field, "scales", None)
+    found = known(t) if known is not None else None
+    return found or (float(field.path.alpha(t)), float(field.path.sigma(t)))
+
+
+def rates(field: Field, t: Tensor) -> tuple[float, float]:
+    """`(alpha', sigma')` at a scalar time, as `scales`."""
+    known = getattr(field, "rates", None)
+    found = known(t) if known is not None else None
+    return found or (float(field.path.alpha_dot(t)), float(field.path.sigma_dot(t)))
+
+
+# Rounding of three float64 operations; below it a + b is 1.
+_UNIT = 4 * torch.finfo(torch.float64).eps
+
+
+def combine(x: Event, a: float, d: Event, b: float) -> Event:
+    """`a x + b d`: one pass over memory where a + b = 1 (every path with alpha = 1, and Linear), else two."""
+    if abs(a + b - 1) <= _UNIT:
+        return torch.lerp(d, x, a)
+    return torch.mul(x, a).add_(d, alpha=b)

@@ -1,0 +1,97 @@
+"""Exponential integrators: the linear part of the PF-ODE in closed form, the denoiser extrapolated.
+
+With `q = alpha_t sigma_s / (alpha_s sigma_t) = exp(lambda_t - lambda_s)`, a number in [0, 1] that needs no
+logarithm and is 0 where the step starts in alpha = 0 or ends in sigma = 0, the flow is
+
+    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - q) D,    D an average of E[x_0 | x] over the step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from undiffuse.core.errors import ArgumentError
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, combine, scales
+
+
+def exponential_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:
+    """`(sigma_s / sigma_t, alpha_s (1 - q), q)`: the weights of x_t and of the denoiser, and q."""
+    (alpha, sigma), (alpha_s, sigma_s) = scales(field, t), scales(field, s)
+    ratio = sigma_s / sigma
+    q = ratio * alpha / alpha_s
+    return ratio, alpha_s * (1 - q), q
+
+
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """`x_s = alpha_s D + sqrt(sigma_s^2 - nu^2) eps + nu z`, `nu = eta sigma_s sqrt(1 - q^2)`.
+
+    Song, Meng and Ermon 2021, eq. 12. eta = 0 is the exponential Euler method (Prop. 9.2.1); eta = 1 is
+    ancestral sampling.
+
+    Args:
+        eta: in [0, 1], the share of the posterior's standard deviation that is drawn anew.
+    """
+
+    order: ClassVar[int] = 1
+    evals_per_step: ClassVar[int] = 1
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise ArgumentError(f"eta is {self.eta}: expected 0 (deterministic) to 1 (ancestral)")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        denoised = field(x, t)
+        on_x, on_denoised, q = exponential_coefficients(field, t, s)
+        if self.eta == 0:
+            return combine(x, on_x, denoised, on_denoised), state
+        alpha_s, sigma_s = scales(field, s)
+        fresh = (1 - q) * (1 + q) * self.eta**2
+        kept = math.sqrt(1 - fresh)  # sqrt(sigma_s^2 - nu^2) / sigma_s
+        mean = combine(x, on_x * kept, denoised, alpha_s * (1 - q * kept))
+        nu = sigma_s * math.sqrt(fresh)
+        return (torch.add(mean, noise(), alpha=nu) if nu > 0 else mean), state
+
+
+def extrapolation_weight(h: float, h_prev: float) -> float:
+    """Weight of D_t against D_prev on the line through both, at the middle of the next step."""
+    return 1 + 0.5 * h / h_prev
+
+
+class _Past(NamedTuple):
+    """The denoiser one step ago, and the step in half log-SNR made from it."""
+
+    denoised: Tensor
+    h: float
+
+
+@dataclass(frozen=True)
+class DPMpp2M(Solver):
+    """DPM-Solver++(2M): D extrapolated in half log-SNR to the middle of the step (section 9.5).
+
+    Lu et al. 2022, algorithm 2: `D = D_t + h / (2 h_prev) (D_t - D_prev)`, h the step in half log-SNR. It is
+    D_t, the lower order, in the first step, after a step out of alpha = 0 (h_prev infinite), and in a step to
+    sigma = 0.
+    """
+
+    order: ClassVar[int] = 2
+    evals_per_step: ClassVar[int] = 1
+
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        denoised = field(x, t)
+        on_x, on_denoised, q = exponential_coefficients(field, t, s)
+        h = -math.log(q) if q > 0 else math.inf
+        average = denoised
+        if state is not None and math.isfinite(h) and math.isfinite(state.h):
+            average = torch.lerp(state.denoised, denoised, extrapolation_weight(h, state.h))
+        return combine(x, on_x, average, on_denoised), _Past(denoised, h)

@@ -1,0 +1,136 @@
+"""Grids: the times a run visits, float64, strictly decreasing, from the path's `t_max` to its `t_min`.
+
+`steps` steps need `steps + 1` times. No network is called between `t_min` and `t_low`: where equal steps would put a
+time there, the last one before `t_min` is `t_low`, and the step from it to sigma = 0 is a closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.paths import Path
+
+Grid = Float[Tensor, " n"]
+Map = Callable[[Path, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Equal steps in `coordinate(path, t)`, whose inverse is `time(path, c)`.
+
+    `in_level`: the coordinate is a function of the log-SNR, finite between t_low and t_high only; those then take the
+    place of the ends, t_max is put for t_high, and t_min is appended.
+    """
+
+    coordinate: Map
+    time: Map
+    in_level: bool = False
+
+    def between(self, path: Path, start: float, end: float, points: int) -> Grid:
+        """`points` times from start to end, the ends exact where there are two."""
+        ends = self.coordinate(path, torch.tensor([start, end], dtype=torch.float64))
+        grid = self.time(path, ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64))
+        grid[-1] = end
+        grid[0] = start
+        return grid
+
+
+def canonical_time(path: Path, t: Tensor) -> Tensor:
+    """`sigma / (alpha + sigma)` in [0, 1]: the time of equal noise on the path `Linear` (Prop. 6.3.3)."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    return sigma / (alpha + sigma)
+
+
+def _of_canonical(path: Path, tau: Tensor) -> Tensor:
+    # Angles are the coordinate in which every path gives its inverse, ends included.
+    return path.time_of_angle(torch.atan2(tau, 1 - tau))
+
+
+# Karras et al. 2022, eq. 5: equal steps in (sigma / alpha)^(1 / 7).
+_RHO = 7.0
+# Measured, see `Solver.default_grid`.
+_CANONICAL = 1.5
+
+GRIDS: dict[str, Spacing] = {
+    "time": Spacing(lambda path, t: t, lambda path, c: c),
+    "quadratic": Spacing(lambda path, t: (t - path.t_min).sqrt(), lambda path, c: path.t_min + c.square()),
+    "angle": Spacing(lambda path, t: path.angle(t), lambda path, c: path.time_of_angle(c)),
+    "canonical": Spacing(
+        lambda path, t: canonical_time(path, t) ** (1 / _CANONICAL),
+        lambda path, c: _of_canonical(path, c**_CANONICAL),
+    ),
+    "half-log-snr": Spacing(lambda path, t: path.half_log_snr(t), lambda path, c: path.time_of(c), in_level=True),
+    "karras": Spacing(
+        lambda path, t: torch.exp(-path.half_log_snr(t) / _RHO),
+        lambda path, c: path.time_of(-_RHO * c.log()),
+        in_level=True,
+    ),
+}
+
+
+def make_grid(path: Path, steps: int, kind: str = "karras") -> Grid:
+    """`steps + 1` times from t_max to t_min, strictly decreasing.
+
+    Args:
+        path: the path to walk.
+        steps: number of steps.
+        kind: what the steps are equal in: "time" t; "quadratic" sqrt(t - t_min); "angle" atan2(sigma, alpha);
+            "canonical" (sigma / (alpha + sigma))^(2 / 3); "half-log-snr" log(alpha / sigma); "karras"
+            (sigma / alpha)^(1 / 7).
+
+    Raises:
+        ArgumentError: steps < 1, an unknown kind, or so many steps that two times coincide.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ArgumentError(f"steps is {steps!r}: expected a whole number of at least 1")
+    spacing = choose(kind, GRIDS, "grid")
+    grid = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    if steps > 1:
+        start = path.t_high if spacing.in_level else path.t_max
+        whole = (
+            None
+            if spacing.in_level and path.t_min < path.t_low
+            else spacing.between(path, start, path.t_min, steps + 1)
+        )
+        if whole is None or float(whole[-2]) < path.t_low:
+            grid = torch.cat([spacing.between(path, start, path.t_low, steps), grid[1:]])
+        else:
+            grid = whole
+    grid[0] = path.t_max
+    if not bool((grid[1:] < grid[:-1]).all()):
+        raise ArgumentError(f"{steps} steps of the grid '{kind}' cannot be told apart on {path}: take fewer")
+    return grid
+
+
+def check_grid(path: Path, grid: Tensor) -> Grid:
+    """A caller's times as float64 on the CPU.
+
+    Raises:
+        ArgumentError: not a one-dimensional float tensor of 2 times or more, not strictly decreasing, off the path.
+    """
+    if not isinstance(grid, Tensor) or not grid.is_floating_point() or grid.ndim != 1 or len(grid) < 2:
+        given = f"{grid.dtype} of shape {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
+        raise ArgumentError(f"grid is {given}: expected a name, or a one-dimensional float tensor of 2 or more times")
+    # The ends of the path, rounded to the dtype of the grid, are its ends.
+    slack = torch.finfo(grid.dtype).eps * max(abs(path.t_min), abs(path.t_max))
+    times = grid.detach().to("cpu", torch.float64)
+    low, high = float(times.min()), float(times.max())
+    if not (math.isfinite(low) and low >= path.t_min - slack and high <= path.t_max + slack):
+        raise ArgumentError(
+            f"grid spans {low:g} to {high:g}: expected times in [{path.t_min:g}, {path.t_max:g}] of {path}"
+        )
+    times = times.clamp(path.t_min, path.t_max)
+    rises = (times[1:] >= times[:-1]).nonzero()
+    if len(rises):
+        i = int(rises[0])
+        raise ArgumentError(
+            f"grid must decrease strictly, from noise to data: time {i + 1} is {times[i + 1]:g} after {times[i]:g}"
+        )
+    return times
