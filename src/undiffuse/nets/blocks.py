@@ -1,0 +1,178 @@
+"""Parts of the U-Net: residual block, self-attention, changes of resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse.core.errors import ArgumentError
+from undiffuse.nets.norm import norm_act
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with all parameters 0, so that what it ends starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def groups_of(channels: int, most: int = 32, least_size: int = 4) -> int:
+    """Number of norm groups: the largest divisor of `channels` with groups <= `most` and size >= `least_size`."""
+    limit = max(1, min(most, channels // least_size))
+    return next(n for n in range(limit, 0, -1) if channels % n == 0)
+
+
+class NormAct(nn.Module):
+    """f((1 + s) (w norm(x) + b) + d): group norm with learned w, b and, where given, per-sample s, d (B, C).
+
+    f = SiLU or the identity. Several tensors are taken as one, concatenated along the channels.
+    """
+
+    def __init__(self, channels: int, *, silu: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.group, self.eps, self.silu = channels // groups_of(channels), eps, silu
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self, parts: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        gain, bias = self.weight[None].float(), self.bias[None].float()
+        if scale is not None:
+            gain, bias = gain * (1 + scale), bias * (1 + scale)
+        if shift is not None:
+            bias = bias + shift
+        return norm_act(parts, gain, bias, self.group, self.eps, self.silu)
+
+
+class Same(nn.Module):
+    """No change of resolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Halve(nn.Module):
+    """Mean over 2 x 2 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class Double(nn.Module):
+    """Each pixel becomes 2 x 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResidualBlock(nn.Module):
+    """x <- r (R x + conv(dropout(silu(modulate(norm(conv(R silu(norm(x)))), e)))))
+
+    R changes the resolution or is the identity, r = 1/sqrt(2) or 1; a 1x1 convolution takes the skip branch to
+    another number of channels. The second convolution is 0 at the start.
+
+    Args:
+        width_in, width_out: channels.
+        embedding: size of e.
+        resample: `Same()`, `Halve()` or `Double()`.
+        modulation: "scale-shift" (s, d = linear(e) after the second norm; Dhariwal and Nichol 2021) or "shift"
+            (d = linear(e) before it; Ho et al. 2020).
+        dropout: probability.
+        rescale: r.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        embedding: int,
+        *,
+        resample: nn.Module,
+        modulation: str,
+        dropout: float,
+        rescale: float,
+    ):
+        super().__init__()
+        self.resample, self.rescale, self.dropout = resample, rescale, dropout
+        self.scaled = modulation == "scale-shift"
+        self.norm_1 = NormAct(width_in)
+        self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, width_out * (2 if self.scaled else 1))
+        self.norm_2 = NormAct(width_out)
+        self.conv_2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
+        self.skip = Same() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, parts: Sequence[Tensor], e: Float[Tensor, "b e"]) -> Float[Tensor, "b d i j"]:
+        """The block's value on the concatenation of `parts`."""
+        h = self.conv_1(self.resample(self.norm_1(parts)))
+        m = self.modulation(e)
+        if self.scaled:
+            scale, shift = m.float().chunk(2, dim=1)
+            h = self.norm_2([h], scale, shift)
+        else:
+            h = self.norm_2([h + m[:, :, None, None].to(h.dtype)])
+        h = self.conv_2(F.dropout(h, self.dropout, self.training))
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return (self.skip(self.resample(x)) + h) * self.rescale
+
+
+class Attention(nn.Module):
+    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernel.
+
+    Args:
+        channels: channels of x.
+        head_width: d; `channels` is split in `channels // d` heads, one if it is less than d.
+        rescale: r.
+    """
+
+    def __init__(self, channels: int, head_width: int, rescale: float):
+        super().__init__()
+        self.heads = max(1, channels // head_width)
+        if channels % self.heads:
+            raise ArgumentError(
+                f"attention over {channels} channels with head_width={head_width}: expected a width that divides them"
+            )
+        self.rescale = rescale
+        self.norm = NormAct(channels, silu=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        b, c, h, w = x.shape
+        tokens = self.norm([x]).permute(0, 2, 3, 1).reshape(b, h * w, c)
+        q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        return (x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)) * self.rescale
+
+
+class Stage(nn.Module):
+    """A residual block, then attention where asked for."""
+
+    def __init__(self, block: ResidualBlock, attention: Attention | None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, parts: Sequence[Tensor], e: Tensor) -> Tensor:
+        x = self.block(parts, e)
+        return x if self.attention is None else self.attention(x)
+
+
+class Resize(nn.Module):
+    """A change of resolution without noise level: the bare map, or with a 3x3 convolution."""
+
+    def __init__(self, resample: nn.Module, conv: nn.Module | None):
+        super().__init__()
+        self.resample, self.conv = resample, conv
+
+    def forward(self, parts: Sequence[Tensor], e: Tensor) -> Tensor:
+        x = self.resample(parts[0])
+        return x if self.conv is None else self.conv(x)
+
+
+SQRT_HALF = math.sqrt(0.5)

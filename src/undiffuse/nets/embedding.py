@@ -1,0 +1,195 @@
+"""What a network is told beside `x`: the noise level, a class label, a vector.
+
+Every embedding is computed in float32, whatever the autocast state: a noise label in bfloat16 has three significant
+digits, too few to tell neighbouring noise levels apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse.core.errors import ArgumentError, choose
+
+Cond = Tensor | Mapping[str, Tensor] | None
+
+
+class Sinusoidal(nn.Module):
+    """e(c) = sqrt(2) [cos(f_k c), sin(f_k c)], f_k geometric from `highest` down to `lowest`; |e|^2 = width.
+
+    (Vaswani et al. 2017, section 3.5, at unit magnitude.) The default range suits labels of order one, such as a
+    scaled log-SNR: the lowest frequency is monotone over [-3, 3], the highest tells labels 0.02 apart.
+    For labels 0 ... 999 take `highest=1, lowest=1e-4`.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, highest: float = 64.0, lowest: float = 0.25):
+        super().__init__()
+        span = torch.linspace(math.log(highest), math.log(lowest), width // 2, dtype=torch.float64)
+        self.register_buffer("frequencies", span.exp().float(), persistent=False)
+
+    def forward(self, c_noise: Float[Tensor, " b"]) -> Float[Tensor, "b width"]:
+        angle = c_noise.float()[:, None] * self.frequencies.float()
+        return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Fourier(nn.Module):
+    """e(c) = sqrt(2) [cos(2 pi f_k c), sin(2 pi f_k c)], f_k ~ N(0, scale^2), fixed; |e|^2 = width.
+
+    (Tancik et al. 2020; Song et al. 2021, NCSN++, which uses scale = 16 on log sigma.) The frequencies are part of
+    the state, since they are drawn when the module is made.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, scale: float = 1.0):
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * scale * torch.randn(width // 2))
+
+    def forward(self, c_noise: Float[Tensor, " b"]) -> Float[Tensor, "b width"]:
+        angle = c_noise.float()[:, None] * self.frequencies.float()
+        return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+NOISE_EMBEDDINGS: dict[str, type[nn.Module]] = {"sinusoidal": Sinusoidal, "fourier": Fourier}
+
+
+class Labels(nn.Module):
+    """Class label -> vector: a table whose last row is the learned embedding of "no label" (label -1)."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(self.table.weight, std=width**-0.5)
+
+    def forward(self, labels: Tensor | None, batch: int) -> Float[Tensor, "b width"]:
+        if labels is None:
+            labels = torch.full((batch,), -1, dtype=torch.int64, device=self.table.weight.device)
+        self._check(labels, batch)
+        return F.embedding(torch.where(labels < 0, self.num_classes, labels), self.table.weight.float())
+
+    def _check(self, labels: Tensor, batch: int) -> None:
+        if labels.is_floating_point() or labels.shape != (batch,):
+            raise ArgumentError(
+                f"class labels have shape {tuple(labels.shape)} and type {labels.dtype}: expected ({batch},) integers, "
+                f"-1 for no label"
+            )
+        # Looking at the values would stop a GPU's queue, and break a compiled graph.
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= self.num_classes:
+            raise ArgumentError(
+                f"class labels run from {low} to {high}: this network knows 0 ... {self.num_classes - 1}, and -1 for "
+                f"no label; build it with num_classes={high + 1} or correct the labels"
+            )
+
+
+class Vector(nn.Module):
+    """Vector condition (B, d) -> vector; a row with a NaN is absent and gets a learned embedding of its own.
+
+    The linear map is evaluated for absent rows too (at zero, result dropped), so that no parameter is ever without
+    a gradient, which DistributedDataParallel would refuse.
+    """
+
+    def __init__(self, cond_dim: int, width: int):
+        super().__init__()
+        self.cond_dim = cond_dim
+        self.linear = nn.Linear(cond_dim, width)
+        self.absent = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def forward(self, vector: Tensor | None, batch: int) -> Float[Tensor, "b width"]:
+        if vector is None:
+            vector = torch.full((batch, self.cond_dim), math.nan, device=self.absent.device)
+        if vector.shape != (batch, self.cond_dim) or not vector.is_floating_point():
+            raise ArgumentError(
+                f"the vector condition has shape {tuple(vector.shape)} and type {vector.dtype}: expected "
+                f"({batch}, {self.cond_dim}) floats, a row of NaN where it is absent"
+            )
+        missing = vector.isnan().any(dim=1, keepdim=True)
+        known = F.linear(vector.float().nan_to_num(0.0), self.linear.weight.float(), self.linear.bias.float())
+        return torch.where(missing, self.absent.float(), known)
+
+
+class Embedding(nn.Module):
+    """Noise label and condition -> one vector per sample, float32, (B, width).
+
+    e = silu(W_2 silu(W_1 noise(c_noise * noise_scale) + label + vector))
+
+    Args:
+        width: size of the result.
+        noise: "sinusoidal" or "fourier".
+        num_classes: number of class labels, or None.
+        cond_dim: size of the vector condition, or None.
+        noise_scale: factor on the noise label.
+        features: number of noise features, even.
+
+    `cond` is a label tensor if only `num_classes` is set, a vector tensor if only `cond_dim` is; with both, and
+    wherever it is clearer, a dict with keys "label" and "vector", either of which may be left out.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        noise: str = "sinusoidal",
+        num_classes: int | None = None,
+        cond_dim: int | None = None,
+        noise_scale: float = 1.0,
+        features: int = 64,
+    ):
+        super().__init__()
+        if features < 2 or features % 2:
+            raise ArgumentError(f"{features} noise features: expected an even number, at least 2")
+        self.noise_scale = noise_scale
+        self.noise = choose(noise, NOISE_EMBEDDINGS, "noise embedding")(features)
+        self.label = None if num_classes is None else Labels(num_classes, width)
+        self.vector = None if cond_dim is None else Vector(cond_dim, width)
+        self.first = nn.Linear(features, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, c_noise: Float[Tensor, " b"], cond: Cond = None) -> Float[Tensor, "b width"]:
+        label, vector = self.split(cond)
+        batch = c_noise.shape[0]
+        with torch.autocast(c_noise.device.type, enabled=False):
+            h = _linear32(self.first, self.noise(c_noise.float() * self.noise_scale))
+            if self.label is not None:
+                h = h + self.label(label, batch)
+            if self.vector is not None:
+                h = h + self.vector(vector, batch)
+            return F.silu(_linear32(self.second, F.silu(h)))
+
+    def split(self, cond: Cond) -> tuple[Tensor | None, Tensor | None]:
+        """(labels, vectors) of a condition, either None.
+
+        Raises:
+            ArgumentError: a condition that this network was not built for.
+        """
+        accepted = {"label": self.label, "vector": self.vector}
+        known = [name for name, part in accepted.items() if part is not None]
+        if cond is None:
+            return None, None
+        if isinstance(cond, Tensor):
+            if len(known) != 1:
+                raise ArgumentError(
+                    "a condition was given to a network built without one: set num_classes or cond_dim, or pass cond=None"
+                    if not known
+                    else "this network takes a label and a vector: pass cond as a dict with keys 'label' and 'vector'"
+                )
+            cond = {known[0]: cond}
+        unknown = [name for name in cond if name not in known]
+        if unknown:
+            raise ArgumentError(f"the condition has the key '{unknown[0]}': this network knows {known or 'none'}")
+        return cond.get("label"), cond.get("vector")
+
+
+def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32, also where its weights have been cast to a narrower type."""
+    return F.linear(x, layer.weight.float(), layer.bias.float())
