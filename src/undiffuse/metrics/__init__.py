@@ -1,0 +1,64 @@
+"""How good samples are: distances between sets of samples, each number with its protocol."""
+
+from undiffuse.metrics.classifier import ClassAccuracy, class_accuracy
+from undiffuse.metrics.evaluate import evaluate
+from undiffuse.metrics.features import Features, as_bytes_rgb, torchscript_features, weights_hash
+from undiffuse.metrics.kernels import KernelDistance, kernel_distance, median_distance, mmd
+from undiffuse.metrics.moments import (
+    Baselines,
+    Moments,
+    SmallSampleWarning,
+    baselines,
+    frechet_between,
+    frechet_distance,
+)
+from undiffuse.metrics.neighbours import (
+    DensityCoverage,
+    NearestNeighbours,
+    PrecisionRecall,
+    density_coverage,
+    nearest,
+    nearest_neighbour,
+    precision_recall,
+)
+from undiffuse.metrics.protocol import Comparison, Protocol, Result, Spread, compare, spread
+from undiffuse.metrics.registry import METRICS, Metric, Sets, metric
+from undiffuse.metrics.sliced import sliced_wasserstein
+
+__all__ = [
+    "METRICS",
+    "Baselines",
+    "ClassAccuracy",
+    "Comparison",
+    "DensityCoverage",
+    "Features",
+    "KernelDistance",
+    "Metric",
+    "Moments",
+    "NearestNeighbours",
+    "PrecisionRecall",
+    "Protocol",
+    "Result",
+    "Sets",
+    "SmallSampleWarning",
+    "Spread",
+    "as_bytes_rgb",
+    "baselines",
+    "class_accuracy",
+    "compare",
+    "density_coverage",
+    "evaluate",
+    "frechet_between",
+    "frechet_distance",
+    "kernel_distance",
+    "median_distance",
+    "metric",
+    "mmd",
+    "nearest",
+    "nearest_neighbour",
+    "precision_recall",
+    "sliced_wasserstein",
+    "spread",
+    "torchscript_features",
+    "weights_hash",
+]
