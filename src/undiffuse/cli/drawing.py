@@ -1,0 +1,179 @@
+"""Drawing many samples of a run: by shard, over processes, resumable. What `sample`, `evaluate` and `report` share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from undiffuse.cli.console import Console
+from undiffuse.cli.options import parse_solver, write_seeds
+from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
+from undiffuse.core.errors import RunError
+from undiffuse.fields import Denoiser
+from undiffuse.paths import Path as NoisePath
+from undiffuse.recipes.build import solver as build_solver
+from undiffuse.recipes.generate import Sampler
+from undiffuse.recipes.run import Run
+from undiffuse.recipes.schema import FactsSection
+from undiffuse.solvers import sample
+from undiffuse.training import join, load_checkpoint
+
+# Seconds that processes wait for the slowest one's last shard.
+PATIENCE = 3600.0
+
+
+@dataclass(frozen=True)
+class How:
+    """How samples are drawn: what the options of the command say, None where they say nothing."""
+
+    solver: str | None = None
+    steps: int | None = None
+    grid: str | None = None
+    batch: int | None = None
+    label: int | None = None
+    ema: str | None = None
+    step: int | None = None
+    device: str = "auto"
+
+
+def facts_of(run: Run) -> FactsSection:
+    """What the data of a run are.
+
+    Raises:
+        RunError: its recipe was not written by training.
+    """
+    facts = run.recipe.settings.facts
+    if facts is None:
+        raise RunError(f"{run.folder / 'recipe.yaml'} has no facts: it was not written by training")
+    return facts
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model ready to sample, and what identifies it."""
+
+    run: Run
+    sampler: Sampler
+    ema: str
+    step: int
+    seal: str = field(repr=False)
+
+    @classmethod
+    def load(cls, run: Run, how: How, changes: dict[str, Any] | None = None) -> Model:
+        """The model of a run; `changes` come between the recipe's `sampling` and the command's options."""
+        saved = load_checkpoint(run.folder, how.step)
+        ema = run.average(how.ema, saved.step)
+        denoiser = run.denoiser(ema, saved.step, how.device)
+        given = {"solver": parse_solver(how.solver), "steps": how.steps, "grid": how.grid, "batch": how.batch}
+        wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
+        sampler = Sampler.of(denoiser, facts_of(run), run.recipe.settings.sampling, label=how.label, **wanted)
+        seal = hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16]
+        return cls(run, sampler, ema, saved.step, seal)
+
+    def settings(self) -> dict[str, Any]:
+        """What determines a sample beside its seed."""
+        sampler = self.sampler
+        return {
+            "weights": self.seal,
+            "ema": self.ema,
+            "step": self.step,
+            "solver": sampler.solver,
+            "steps": sampler.steps,
+            "grid": self.grid,
+            "label": sampler.label,
+        }
+
+    @property
+    def grid(self) -> str:
+        """The name of the grid in use."""
+        return self.sampler.grid or build_solver(self.sampler.solver).default_grid
+
+    @property
+    def nfe(self) -> int:
+        """Network calls per sample, counted on a field that costs nothing."""
+        return sample(_Nothing(self.sampler.denoiser.path), (1, 1), seed=0, return_info=True, **self._how()).nfe
+
+    def _how(self) -> dict[str, Any]:
+        return {**self.sampler.options(), "device": "cpu"}
+
+    def folder_for(self, seeds: np.ndarray, kind: str) -> Path:
+        """A folder in the run that these settings, and no others, lead to."""
+        text = write_seeds(seeds)
+        key = hashlib.sha256(json.dumps([self.settings(), text, kind]).encode()).hexdigest()[:8]
+        short = text if len(text) <= 24 else f"{len(seeds)}-seeds"
+        return self.run.folder / "samples" / f"{kind}-{short}-{key}"
+
+
+class _Nothing(Denoiser):
+    """Answers zero."""
+
+    def __init__(self, path: NoisePath):
+        super().__init__(path)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        return torch.zeros_like(x_t)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a job has done: how many samples it drew in this process, of how many, in which time."""
+
+    new: int
+    total: int
+    seconds: float
+
+
+def draw(model: Model, seeds: np.ndarray, folder: Path, kind: str, out: Console) -> Drawn:
+    """Have all seeds in `folder`, as PNG files or as `samples.npz`; each process draws its share of the shards.
+
+    Raises:
+        RunError: the folder holds other samples, the disk is full, or another process is gone.
+    """
+    sampler, facts = model.sampler, model.sampler.facts
+    began = time.monotonic()
+    with join(sampler.device, PATIENCE) as world:
+        world.from_main("the folder for the samples", lambda: open_folder(folder, model.settings()))
+        npz = NpzShards(folder, facts.shape, facts.num_classes is not None)
+        store: Store = PngFolder(folder, facts.shape) if kind == "png" else npz
+        if kind != "png" and world.from_main("the look at samples.npz", lambda: npz.complete(seeds)):
+            return Drawn(0, len(seeds), 0.0)
+        parts = shards(seeds, math.prod(facts.shape), sampler.batch, world.size, at_least=store.rows)
+        share = sum(len(part) for _, part in mine(parts, world.rank, world.size))
+        with out.progress("sampling", "samples") as bar, world.phase("sampling"):
+            new = _draw_share(sampler, store, mine(parts, world.rank, world.size), share, bar)
+        world.any(False, "the last shard of every process")
+        if kind != "png":
+            world.from_main("merging the shards", lambda: npz.merge(parts) and None)
+    return Drawn(new, len(seeds), time.monotonic() - began)
+
+
+def _draw_share(sampler: Sampler, store: Store, parts: Any, share: int, bar: Any) -> int:
+    """Draw what is missing of one process's shards."""
+    new = done = 0
+    for index, part in parts:
+        missing = store.missing(index, part)
+        done += len(part) - len(missing)
+        if len(missing):
+            labels = sampler.labels(missing.tolist())
+            x = sampler(missing.tolist(), on_batch=lambda n, before=done: bar.to(before + n, share))
+            store.write(index, missing, x, labels)
+        new += len(missing)
+        done += len(missing)
+        bar.to(done, share)
+    return new
+
+
+def read_samples(folder: Path) -> tuple[Tensor, np.ndarray, Tensor | None]:
+    """Samples, seeds and labels of `samples.npz`."""
+    with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
+        labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
+        return torch.from_numpy(arrays["samples"]), arrays["seeds"], labels

@@ -1,0 +1,89 @@
+"""Options that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from undiffuse.core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, or a recipe's name for its newest run under runs/.")
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.", metavar="DEVICE")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no text.")]
+Ema = Annotated[
+    str | None,
+    typer.Option(help="Average of the weights: half-life-50 or 50, power-0.05, or none. Default: the recipe's."),
+]
+Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step. Default: the newest.")]
+SolverName = Annotated[
+    str | None, typer.Option(help="Solver, for example heun or edm:S_churn=40. Default: the recipe's.")
+]
+Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
+GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
+
+MOST_SEEDS = 100_000_000
+_PART = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def parse_seeds(text: str) -> np.ndarray:
+    """`"0-49999"`, `"17"`, `"3,8-10"` as int64, in the order written.
+
+    Raises:
+        ArgumentError: not of that form, a range that falls, a seed given twice, or too many.
+    """
+    import numpy as np
+
+    parts = []
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise ArgumentError(f"--seeds {text}: '{part}' is neither a number nor a range such as 0-63")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low or high >= 2**63:
+            raise ArgumentError(f"--seeds {text}: the range {part} must rise and stay below 2^63")
+        if high - low >= MOST_SEEDS:
+            raise ArgumentError(f"--seeds {text}: {high - low + 1:,} seeds, at most {MOST_SEEDS:,} at once")
+        parts.append(np.arange(low, high + 1, dtype=np.int64))
+    seeds = np.concatenate(parts)
+    if len(np.unique(seeds)) < len(seeds):
+        raise ArgumentError(f"--seeds {text}: a seed is given twice")
+    return seeds
+
+
+def write_seeds(seeds: np.ndarray) -> str:
+    """The inverse of `parse_seeds`."""
+    import numpy as np
+
+    breaks = np.flatnonzero(np.diff(seeds) != 1) + 1
+    parts = [(int(part[0]), int(part[-1])) for part in np.split(seeds, breaks)]
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def parse_solver(text: str | None) -> dict | None:
+    """`"edm:S_churn=40,S_noise=1.003"` as a recipe's choice of solver.
+
+    Raises:
+        RecipeError: unknown solver or argument.
+    """
+    if text is None:
+        return None
+    from undiffuse.recipes.build import SOLVERS, resolve
+    from undiffuse.recipes.text import parse_override
+
+    name, _, rest = text.partition(":")
+    choice = {"name": name}
+    for part in filter(None, rest.split(",")):
+        (key, *_), value = parse_override(part)
+        choice[key] = value
+    return resolve(SOLVERS, choice, "solver", "--solver")

@@ -1,0 +1,104 @@
+"""Samples from a trained model by seed: sample s depends on s alone, whoever computes it and with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.fields import Denoiser
+from undiffuse.recipes import build
+from undiffuse.recipes.schema import FactsSection, SamplingSection
+from undiffuse.solvers import GRIDS, sample
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How seeds become samples.
+
+    Args:
+        denoiser: the model.
+        facts: shape and classes of what it was trained on.
+        solver: a choice as in a recipe, `{"name": "dpmpp-2m"}`.
+        steps: of the solver.
+        grid: a name; None: the solver's own.
+        label: class of all samples, -1 for none; None: class `seed mod num_classes`.
+        batch: samples at a time; changes a sample by rounding only.
+    """
+
+    denoiser: Denoiser
+    facts: FactsSection
+    solver: dict[str, Any]
+    steps: int
+    grid: str | None = None
+    label: int | None = None
+    batch: int = 256
+
+    def __post_init__(self):
+        if self.grid is not None:
+            choose(self.grid, GRIDS, "grid")
+        if self.steps < 1 or self.batch < 1:
+            raise ArgumentError(f"steps = {self.steps}, batch = {self.batch}: expected at least 1 of each")
+        if self.label is not None and not self._allowed(self.label):
+            known = f"0 ... {self.facts.num_classes - 1}, or -1 for none" if self.facts.num_classes else "none"
+            raise ArgumentError(f"label {self.label}: this model knows {known}")
+
+    def _allowed(self, label: int) -> bool:
+        classes = self.facts.num_classes
+        return classes is not None and -1 <= label < classes
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, facts: FactsSection, section: SamplingSection, **changes: Any) -> Sampler:
+        """As a recipe's `sampling` says, but for `changes`; a change that is None is none."""
+        values = {"solver": section.solver, "steps": section.steps, "grid": section.grid, "batch": section.batch}
+        return cls(denoiser, facts, **values | {k: v for k, v in changes.items() if v is not None})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+
+    def labels(self, seeds: Sequence[int]) -> Int[Tensor, " n"] | None:
+        """The class of each seed; None for a model without classes."""
+        classes = self.facts.num_classes
+        if classes is None:
+            return None
+        wanted = torch.as_tensor([int(s) % classes for s in seeds], dtype=torch.int64)
+        return wanted if self.label is None else torch.full_like(wanted, self.label)
+
+    def options(self) -> dict[str, Any]:
+        """What `ud.sample` is called with beside the seeds and labels."""
+        return {
+            "solver": build.solver(self.solver),
+            "steps": self.steps,
+            "grid": self.grid,
+            "device": self.device,
+        }
+
+    def one_batch(self, seeds: Sequence[int], **more: Any) -> Any:
+        """One call of `ud.sample` for all the seeds."""
+        labels = self.labels(seeds)
+        return sample(
+            self.denoiser,
+            (len(seeds), *self.facts.shape),
+            seed=[int(s) for s in seeds],
+            cond=None if labels is None else labels.to(self.device),
+            **self.options(),
+            **more,
+        )
+
+    def __call__(self, seeds: Sequence[int], on_batch: Callable[[int], Any] | None = None) -> Float[Tensor, "n *event"]:
+        """One sample per seed, on the CPU, computed `batch` at a time; `on_batch` is told how many are done."""
+        if len(seeds) == 0:
+            raise ArgumentError("no seeds were given: expected at least one")
+        parts = []
+        for start in range(0, len(seeds), self.batch):
+            parts.append(self.one_batch(seeds[start : start + self.batch]).float().cpu())
+            if on_batch is not None:
+                on_batch(min(start + self.batch, len(seeds)))
+        return torch.cat(parts)

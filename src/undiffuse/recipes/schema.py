@@ -1,0 +1,155 @@
+"""The sections of a recipe: what may be written in them, and in which range.
+
+This module knows no other room. What other rooms own (the options of a data source, the names of networks and solvers
+and their arguments, the numbers of training) is held here as a mapping and checked by `undiffuse.recipes.build`
+against their signatures, so that no list of them is kept twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from undiffuse.core.errors import RecipeError
+from undiffuse.recipes.arguments import explain, unknown_key
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _has_name(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("name"), str):
+        raise ValueError(f"must be a name, or a mapping of 'name' and its arguments; it is {value}")
+    return value
+
+
+Choice = Annotated[dict[str, Any], BeforeValidator(_named), AfterValidator(_has_name)]
+"""A name, or a mapping of `name` and the arguments that belong to it."""
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _choice(name: str) -> Any:
+    return Field(default_factory=lambda: {"name": name})
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, nothing is coerced, nothing is infinite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The network and what its output means (a name in `undiffuse.predictions`).
+
+    `conditional: false` trains without the labels that the data have.
+    """
+
+    net: Choice
+    prediction: str = "noise"
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    conditional: bool = True
+
+
+class ObjectiveSection(Section):
+    """Where training looks (`time`) and how much it cares (`weight`)."""
+
+    time: Choice = _choice("uniform")
+    weight: Choice = _choice("simple")
+
+
+class SamplingSection(Section):
+    """How samples are drawn from a run, unless the caller says otherwise.
+
+    `n` samples are drawn on training's schedule, `batch` at a time. `ema` names an average of the weights
+    ("half-life-500", "power-0.05", or "none"); null is the first that training keeps.
+    """
+
+    solver: Choice = _choice("dpmpp-2m")
+    steps: Count = 20
+    grid: str | None = None
+    n: Count = 64
+    batch: Count = 256
+    ema: str | None = None
+
+
+class EvaluationSection(Section):
+    """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`."""
+
+    n: Annotated[int, Field(ge=2)] = 10_000
+    metrics: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["frechet"])
+    split: str | None = None
+    seed: Seed = 0
+    solver: Choice | None = None
+    steps: Count | None = None
+    grid: str | None = None
+
+
+class FactsSection(Section):
+    """What the data say of themselves; filled in when training starts, so that sampling needs no data."""
+
+    shape: Annotated[list[Count], Field(min_length=1)]
+    num_classes: Count | None = None
+    cond_dim: Count | None = None
+    class_names: list[str] | None = None
+    image: bool
+    data: str
+    n: int | None = None
+    fingerprint: str
+
+
+class Settings(Section):
+    """A whole recipe. `facts` is written by training."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+    description: str = ""
+    seed: Seed = 0
+    data: dict[str, Any]
+    path: Choice
+    model: ModelSection
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    training: dict[str, Any] = Field(default_factory=dict)
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    facts: FactsSection | None = None
+
+
+def section_keys() -> list[str]:
+    """Dotted names of all keys that this module knows."""
+    keys = list(Settings.model_fields)
+    for name, section in (
+        ("model", ModelSection),
+        ("objective", ObjectiveSection),
+        ("sampling", SamplingSection),
+        ("evaluation", EvaluationSection),
+        ("facts", FactsSection),
+    ):
+        keys += [f"{name}.{key}" for key in section.model_fields]
+    return keys
+
+
+def parse_settings(tree: Mapping[str, Any], origin: str, more_keys: list[str] | None = None) -> Settings:
+    """The tree of a recipe as checked settings.
+
+    Args:
+        tree: as YAML gives it.
+        origin: what to call the recipe in messages.
+        more_keys: dotted keys that other rooms know, offered when a key is unknown.
+
+    Raises:
+        RecipeError: an unknown key (names the nearest), a missing section, a value of the wrong type or range.
+    """
+    try:
+        return Settings.model_validate_json(json.dumps(dict(tree)))
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [item for item in problems if item["type"] == "extra_forbidden"]
+    if unknown:
+        key = ".".join(str(part) for part in unknown[0]["loc"])
+        raise RecipeError(f"{origin}: {unknown_key(key, [*section_keys(), *(more_keys or [])])}")
+    raise RecipeError(f"{origin}: {explain(problems)}")

@@ -1,0 +1,237 @@
+"""Recipes: every one loads, round-trips and takes a step; what is wrong is named, with the nearest right thing."""
+
+import math
+
+import pytest
+import torch
+import yaml
+
+import undiffuse as ud
+from recipes.tiny import image_folder, overrides, parquet
+from undiffuse.core.errors import RecipeError
+from undiffuse.recipes import Recipe, list_recipes
+from undiffuse.recipes.text import flatten, parse_yaml
+from undiffuse.training import TrainConfig
+
+ALL = sorted(list_recipes())
+
+
+def data_of(name, tmp_path):
+    """Overrides that give a recipe data to read."""
+    if name == "folder":
+        return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
+    if name == "mnist":
+        return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
+    if name == "cifar10":
+        return [f"data.path={parquet(tmp_path / 'cifar', 'img', (32, 32, 3))}"]
+    return []
+
+
+def test_the_promised_recipes_are_there():
+    assert {
+        "digits",
+        "gaussians",
+        "mnist",
+        "cifar10",
+        "folder",
+        "ddpm-digits",
+        "score-sde-digits",
+        "flow-digits",
+    } <= set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_says_its_name_and_what_it_is(name):
+    assert ud.load_recipe(name).name == name
+    assert 20 <= len(list_recipes()[name]) <= 120
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_round_trips_with_every_value_written(name):
+    recipe = ud.load_recipe(name)
+    text = recipe.to_yaml()
+    assert Recipe.from_tree(parse_yaml(text, "own")) == recipe
+    # Any reader of YAML finds the same numbers, not only ours.
+    assert flatten(yaml.safe_load(text)) == flatten(recipe.to_dict())
+    assert set(recipe.settings.training) == set(TrainConfig.__dataclass_fields__) - {"seed"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_takes_a_step_that_lowers_its_loss(name, tmp_path):
+    still = [] if name == "gaussians" else ["model.net.dropout=0"]
+    recipe = ud.load_recipe(name, [*overrides(name, data_of(name, tmp_path)), *still])
+    dataset = recipe.data()
+    model = recipe.model(dataset)
+    objective = recipe.objective()
+    x, cond = dataset.batch(torch.arange(8))
+
+    def loss():
+        return objective(model, x, cond, ud.Streams.of(1, 8)).mean()
+
+    before = loss()
+    assert math.isfinite(float(before.detach()))
+    # The output layer starts at zero: along the gradient there, a small step goes down by what they say.
+    gradients = torch.autograd.grad(before, list(model.parameters()), allow_unused=True)
+    size = sum(float(g.square().sum()) for g in gradients if g is not None)
+    assert size > 0
+    rate = 1e-4 * float(before.detach()) / size
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients):
+            if gradient is not None:
+                parameter -= rate * gradient
+    assert float((before - loss()).detach()) == pytest.approx(rate * size, rel=0.1)
+
+
+def test_the_data_fill_in_the_network():
+    recipe = ud.load_recipe("digits", overrides("digits"))
+    assert recipe.settings.facts is None
+    full = recipe.resolved()
+    assert full.settings.facts.shape == [1, 8, 8]
+    assert full.settings.model.net["shape"] == [1, 8, 8]
+    assert full.settings.model.net["num_classes"] == 10
+    assert Recipe.from_tree(parse_yaml(full.to_yaml(), "own")) == full
+
+
+def test_a_resolved_recipe_builds_its_model_without_data(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    full = ud.load_recipe("folder", overrides("folder", [f"data.path={folder}", "data.size=16"])).resolved()
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    assert full.model().net.shape == (3, 16, 16)
+    assert full.settings.facts.class_names == ["cat", "dog"]
+
+
+def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        ud.load_recipe("gaussians", [*overrides("gaussians"), f"seed={seed}"]).model() for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_without_labels_a_recipe_is_unconditional():
+    recipe = ud.load_recipe("digits", [*overrides("digits"), "model.conditional=false"])
+    dataset = recipe.data()
+    assert dataset.batch(torch.arange(3))[1] is None
+    assert recipe.resolved(dataset).settings.model.net["num_classes"] is None
+
+
+def test_the_network_may_not_contradict_the_data():
+    with pytest.raises(RecipeError, match=r"model.net.num_classes = 3.*have 10"):
+        ud.load_recipe("digits", [*overrides("digits"), "model.net.num_classes=3"]).model()
+    with pytest.raises(RecipeError, match="divisible"):
+        ud.load_recipe("digits", ["model.net.multipliers=[1, 1, 1, 1, 1]", "model.net.attention=[]"]).model()
+
+
+def test_the_edm_weight_takes_the_models_sigma_data_unless_told():
+    assert ud.load_recipe("digits", ["model.sigma_data=0.7"]).settings.objective.weight["sigma_data"] == 0.7
+    told = ud.load_recipe("digits", ["model.sigma_data=0.7", "objective.weight.sigma_data=0.3"])
+    assert told.settings.objective.weight["sigma_data"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.leanring_rate=1", "unknown key 'training.leanring_rate'. Did you mean 'training.lr'?"),
+        ("training.stesp=1", "Did you mean 'training.steps'?"),
+        ("lr=1", "Did you mean 'training.lr'?"),
+        ("epochs=1", "Did you mean 'training.steps'?"),
+        ("model.nett.width=3", "Did you mean 'model.net'?"),
+        ("model.net.widht=3", "Did you mean 'model.net.width'?"),
+        ("sampling.gird=time", "Did you mean 'sampling.grid'?"),
+        ("objective.time.stdd=1", "Did you mean 'objective.time.std'?"),
+        ("data.sise=3", "Did you mean 'data.size'?"),
+        ("path.sigma_mn=1", "Did you mean 'path.sigma_min'?"),
+        ("path=karas", "Did you mean 'karras'?"),
+        ("objective.weight=simpel", "unknown weight 'simpel'. Did you mean 'simple'?"),
+        ("sampling.solver=huen", "Did you mean 'heun'?"),
+        ("sampling.grid=tme", "Did you mean 'time'?"),
+        ("model.net.name=unett", "Did you mean 'unet'?"),
+        ("model.prediction=velocty", "Did you mean 'velocity'?"),
+        ("evaluation.metrics=[frechett]", "Did you mean 'frechet'?"),
+        ("training.precision=fp16", "expected fp32 or bf16"),
+        ("training.steps=abc", "training.steps = 'abc': must be a valid integer"),
+        ("training.steps=1.5", "training.steps = 1.5"),
+        ("training.steps='3'", "training.steps = '3'"),
+        ("training.steps=true", "training.steps = True"),
+        ("training.steps=0", "training.steps is 0: expected an integer >= 1"),
+        ("training.lr=.inf", "training.lr = inf"),
+        ("training.lr=.nan", "training.lr = nan"),
+        ("path.sigma_min=-1", "expected 0 < sigma_min < sigma_max"),
+        ("sampling.steps=0", "sampling.steps = 0: must be greater than or equal to 1"),
+        ("seed=-1", "seed = -1: must be greater than or equal to 0"),
+        ("name=A B", "name = 'A B'"),
+        ("model.sigma_data=0", "model.sigma_data = 0: must be greater than 0"),
+        ("data.flip=1", "data.flip = 1: must be true or false"),
+        ("path=3", "path = 3"),
+        ("path={sigma_min: 1}", "'name'"),
+        ("data=digits", "data = 'digits'"),
+        ("evaluation.metrics=[]", "evaluation.metrics = []"),
+    ],
+)
+def test_what_is_wrong_is_named(override, says):
+    with pytest.raises(RecipeError) as error:
+        ud.load_recipe("digits", [override])
+    assert says in str(error.value)
+
+
+def test_a_missing_section_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\ndata: {source: digits}\npath: vp\n")
+    with pytest.raises(RecipeError, match="'model' is required"):
+        ud.load_recipe(file)
+
+
+def test_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\ndata: {source: moons}\npath: vp\nmodel: {net: mlp}\n")
+    recipe = ud.load_recipe(str(file), ["path.beta_max=10"])
+    assert recipe.path() == ud.VP(beta_max=10.0)
+    assert recipe.settings.model.net["hidden"] == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("digit", "Did you mean 'digits'?"),
+        ("zzz", "Known: cifar10, ddpm-digits, digits"),
+        ("no/such.yaml", "no recipe file"),
+        ("digits.yml", "no recipe file"),
+    ],
+)
+def test_an_unknown_recipe(name, says):
+    with pytest.raises(RecipeError) as error:
+        ud.load_recipe(name)
+    assert says in str(error.value)
+
+
+def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"its recipe is .*recipe.yaml"):
+        ud.load_recipe(tmp_path)
+
+
+def test_the_axes_are_points_not_classes():
+    """DDPM, NCSN, Score SDE, EDM, flow matching: the same classes of objects, other values."""
+    chosen = {
+        name: ud.load_recipe(name)
+        for name in ("ddpm-digits", "ncsn-digits", "score-sde-digits", "digits", "flow-digits")
+    }
+    assert {type(recipe.objective()) for recipe in chosen.values()} == {ud.Denoising}
+    assert {(r.settings.path["name"], r.settings.model.prediction) for r in chosen.values()} == {
+        ("tabulated-betas", "noise"),
+        ("tabulated-sigmas", "noise"),
+        ("vp", "noise"),
+        ("karras", "edm"),
+        ("linear", "velocity"),
+    }
+    # Ho et al. 2020, section 4: alpha_bar at the last of the 1000 levels is 4.04e-5.
+    last = chosen["ddpm-digits"].path().alpha(torch.tensor(1.0, dtype=torch.float64))
+    assert float(last) ** 2 == pytest.approx(4.0358e-5, rel=1e-3)
+    t = torch.tensor([0.01, 0.5, 1.0], dtype=torch.float64)
+    sigma = chosen["ncsn-digits"].path().sigma(t)
+    assert torch.allclose(sigma[[0, 2]], torch.tensor([0.01, 20.0], dtype=torch.float64))
