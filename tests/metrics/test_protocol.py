@@ -148,6 +148,12 @@ def test_text_that_is_no_json_is_refused():
         Result.from_json("3")
 
 
+@pytest.mark.parametrize("value", [math.nan, {1, 2}])
+def test_what_json_has_no_place_for_is_not_written(value):
+    with pytest.raises(ArgumentError, match="'frechet' cannot be written as JSON"):
+        result(extra={"odd": value}).to_json()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_result_is_finite(value):
     with pytest.raises(ArgumentError, match="must be finite"):

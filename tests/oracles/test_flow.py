@@ -9,10 +9,10 @@ import torch
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.oracles import Empirical, Gaussian, GaussianMixture, exact_flow
-from undiffuse.paths import VE, VP, Cosine, Karras, Linear, SubVP, Tabulated, Trig, change_of_path
+from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Tabulated, change_of_path
 
 F64 = torch.float64
-PATHS = [VP(), VE(), SubVP(), Cosine(), Linear(), Trig(), Karras()]
+PATHS = [VP(), VE(), Cosine(), Linear(), Karras()]
 TABLE = Tabulated.from_betas(torch.linspace(1e-3, 0.2, 50, dtype=F64))
 
 
@@ -40,7 +40,9 @@ def test_gaussians_keep_their_standard_score(path):
 @pytest.mark.parametrize("path", [VP(), Linear(), Karras()], ids=str)
 def test_in_one_dimension_the_flow_keeps_the_distribution_function(path):
     law = GaussianMixture(
-        torch.tensor([[-1.0], [0.3], [1.1]], dtype=F64), torch.tensor([0.2, 0.1, 0.4], dtype=F64), torch.tensor([1.0, 2.0, 3.0])
+        torch.tensor([[-1.0], [0.3], [1.1]], dtype=F64),
+        torch.tensor([0.2, 0.1, 0.4], dtype=F64),
+        torch.tensor([1.0, 2.0, 3.0]),
     )
 
     def rank(x, t):
@@ -67,9 +69,9 @@ def test_all_paths_share_one_flow():
 
 
 def test_the_tolerance_is_kept():
-    denoiser, x = ring().denoiser(VP()), numbers(50, 2, seed=6)
+    denoiser, x = ring().denoiser(Linear()), numbers(20, 2, seed=6)
     fine = exact_flow(denoiser, x, 1.0, 0.0, rtol=1e-12)
-    for rtol in (1e-4, 1e-7, 1e-10):
+    for rtol in (1e-5, 1e-9):
         error = (exact_flow(denoiser, x, 1.0, 0.0, rtol=rtol) - fine).norm(dim=1).max()
         assert float(error) < 1e3 * rtol  # local error times the growth along this flow
 

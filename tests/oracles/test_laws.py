@@ -88,7 +88,10 @@ def test_score_and_posterior_covariance_are_derivatives_of_the_log_density(law, 
     alpha, sigma = path.alpha(t), path.sigma(t)
     assert torch.allclose(denoiser(x, t), (x + sigma**2 * gradient) / alpha, atol=1e-8)
     hessian = torch.stack(
-        [torch.autograd.functional.hessian(lambda v: marginal.log_prob(v.reshape(1, 2, 3))[0], row.flatten()) for row in x]
+        [
+            torch.autograd.functional.hessian(lambda v: marginal.log_prob(v.reshape(1, 2, 3))[0], row.flatten())
+            for row in x
+        ]
     )
     tweedie = (sigma / alpha) ** 2 * (torch.eye(6, dtype=F64) + sigma**2 * hessian)
     assert torch.allclose(law.posterior_covariance(x, path, t), tweedie, atol=1e-8)
@@ -232,7 +235,10 @@ def test_mode_weights_of_draws():
         (lambda: Empirical(torch.zeros(1, 2)).log_prob(torch.zeros(1, 2)), "no density"),
         (lambda: Gaussian(torch.zeros(2)).log_prob(torch.zeros(4, 3)), "expected floats of shape"),
         (lambda: Gaussian(torch.zeros(2)).perturbed(VP(), 1.5), "outside the path"),
-        (lambda: Gaussian(torch.zeros(2)).denoiser(VP())(torch.zeros(4, 2), torch.zeros(3)), r"expected \(\) or \(4,\)"),
+        (
+            lambda: Gaussian(torch.zeros(2)).denoiser(VP())(torch.zeros(4, 2), torch.zeros(3)),
+            r"expected \(\) or \(4,\)",
+        ),
     ],
 )
 def test_bad_input_is_refused(make, message):

@@ -156,6 +156,14 @@ def test_nothing_whole_is_an_error(tmp_path):
         train(tmp_path, steps=4)
 
 
+def test_snapshots_beyond_the_checkpoint_are_dropped(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, loader=FailingLoader(7))
+    assert snapshot_shelf(tmp_path).steps() == [6]
+    train(tmp_path, snapshot_every=5)
+    assert snapshot_shelf(tmp_path).steps() == [5, 10, 15, 20]
+
+
 def test_half_a_last_line_is_dropped(tmp_path):
     train(tmp_path, steps=4)
     with open(tmp_path / "metrics.jsonl", "a") as file:

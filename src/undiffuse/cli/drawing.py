@@ -20,7 +20,6 @@ from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder,
 from undiffuse.core.errors import RunError
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path as NoisePath
-from undiffuse.recipes.build import solver as build_solver
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import Run
 from undiffuse.recipes.schema import FactsSection
@@ -95,12 +94,13 @@ class Model:
     @property
     def grid(self) -> str:
         """The name of the grid in use."""
-        return self.sampler.grid or build_solver(self.sampler.solver).default_grid
+        return self.sampler.grid or f"{self.sampler.solver['name']}'s own"
 
     @property
     def nfe(self) -> int:
         """Network calls per sample, counted on a field that costs nothing."""
-        return sample(_Nothing(self.sampler.denoiser.path), (1, 1), seed=0, return_info=True, **self._how()).nfe
+        info: Any = sample(_Nothing(self.sampler.denoiser.path), (1, 1), seed=0, return_info=True, **self._how())
+        return info.nfe
 
     def _how(self) -> dict[str, Any]:
         return {**self.sampler.options(), "device": "cpu"}

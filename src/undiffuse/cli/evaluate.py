@@ -23,7 +23,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Values of data, sampling, evaluation: data.path=..."),
     ] = None,
-    n: Annotated[int | None, typer.Option(help="Number of samples. Default: the recipe's.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "--samples", help="Number of samples. Default: the recipe's.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Metrics, by comma. Default: the recipe's.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="TorchScript file to measure on instead of pixels, for example Inception.")
@@ -54,7 +54,7 @@ def evaluate(
       undiffuse evaluate digits
       undiffuse evaluate digits --n 2000 --metrics frechet,precision-recall --solver heun --steps 10
       undiffuse evaluate cifar10 --n 50000 --features inception.pt --sha256 6726... --feature-option return_features
-      torchrun --nproc-per-node 8 -m undiffuse.cli evaluate cifar10
+      torchrun --nproc-per-node 8 -m undiffuse.cli evaluate cifar10 --samples 50000
     """
     if (features is None) != (sha256 is None):
         raise ArgumentError("--features and --sha256 go together: give the file and its checksum (sha256sum FILE)")

@@ -39,9 +39,7 @@ class Store(Protocol):
         ...
 
 
-def shards(
-    seeds: np.ndarray, event_size: int, batch: int, processes: int, at_least: int = 1
-) -> list[np.ndarray]:
+def shards(seeds: np.ndarray, event_size: int, batch: int, processes: int, at_least: int = 1) -> list[np.ndarray]:
     """The seeds cut into shards: whole batches, bounded in bytes, at least one for each process."""
     rows = batch * -(-at_least // batch)
     rows = min(rows, max(1, SHARD_BYTES // (4 * event_size)), -(-len(seeds) // processes))
@@ -153,7 +151,7 @@ class NpzShards:
 
     def write(self, index: int, seeds: np.ndarray, x: Tensor, labels: Tensor | None) -> None:
         buffer = io.BytesIO()
-        arrays = {"samples": x.numpy().astype(np.float32), "seeds": seeds}
+        arrays: dict[str, Any] = {"samples": x.numpy().astype(np.float32), "seeds": seeds}
         np.savez(buffer, **arrays | ({} if labels is None else {"labels": labels.numpy()}))
         with disk_errors(str(self.file(index)), ALIVE):
             replace_file(self.file(index), buffer.getvalue())

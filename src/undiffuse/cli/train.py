@@ -21,7 +21,12 @@ def train(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Run folder; one that exists is resumed. Default: runs/NAME-DATE-TIME."),
+        typer.Option(
+            "--run",
+            "--run-dir",  # torchrun takes --run for an abbreviation of its own --run-path
+            metavar="DIR",
+            help="Run folder; one that exists is resumed. Default: runs/NAME-DATE-TIME.",
+        ),
     ] = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -35,7 +40,7 @@ def train(
       undiffuse train digits training.steps=400 model.net.width=48 --run runs/small
       undiffuse train mnist data.path=mnist/
       undiffuse train folder data.path=photos/ data.size=64 training.precision=bf16 --device cuda
-      torchrun --nproc-per-node 2 -m undiffuse.cli train digits
+      torchrun --nproc-per-node 2 -m undiffuse.cli train digits --run-dir runs/two
 
     Exit codes: 0 done, 2 a wrong argument or recipe, 3 the data, 4 the run folder, 5 a loss that is not finite,
     130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint.

@@ -119,7 +119,8 @@ def load(
         source: "digits", "gaussians", "moons", "checkerboard", "spiral"; "folder", "parquet", "array" or "hub" with
             `path`; or, instead of those four, the path or the hub name (owner/name) itself.
         split: "train" or "held-out"; on parquet and the hub also a split's own name. Where the data come in one
-            piece, a fixed `held_out` share is set apart by hash of file name or row.
+            piece, a fixed `held_out` share is set apart by hash of file name or row (but not of a hub stream, which
+            is trained on whole).
         path: the file, the folder, or the hub name.
         data_files: parquet files by split, as paths or patterns relative to `path`.
         config: configuration of a hub data set.

@@ -102,8 +102,6 @@ def kernel_distance(
         ArgumentError: subsets < 1, a subset larger than a set or below 2 rows, or as `Rows`.
     """
     first, second = pair(samples, reference, least=2)
-    # The polynomial kernel is not invariant under a shift: it looks at the points as they are.
-    first.centre = second.centre = None
     size = min(1000, first.n, second.n) if subset_size is None else subset_size
     if subsets < 1 or not 2 <= size <= min(first.n, second.n):
         raise ArgumentError(
@@ -120,6 +118,7 @@ def kernel_distance(
 
 
 def _subset(rows: Rows, size: int, generator: torch.Generator) -> Rows:
+    """Rows drawn without replacement, and not centred: a polynomial kernel is not invariant under a shift."""
     chosen = torch.randperm(rows.n, generator=generator)[:size].to(rows.x.device)
     return Rows(rows.x[chosen], rows.name)
 

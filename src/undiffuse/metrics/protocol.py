@@ -128,8 +128,15 @@ class Result:
         return json.loads(self.to_json())
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False)
+        """One line of JSON.
+
+        Raises:
+            ArgumentError: `std`, `settings` or `extra` hold a value that JSON has no place for.
+        """
+        try:
+            return json.dumps(asdict(self), allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(f"the result '{self.name}' cannot be written as JSON: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Result:

@@ -1,11 +1,9 @@
 """Group norm, per-sample gain and bias, and SiLU, as one operation with few passes over memory.
 
-On a CPU most of a U-Net's time outside its convolutions is spent reading and writing activations for these. Here a
-few samples at a time, so that they stay in the cache, go through all the steps at once; the backward pass computes
-the normalised values again instead of storing them; and two tensors that are to be concatenated are normalised
-straight into their places in the result.
-
-Channels come last in memory, as the convolutions want them.
+On a CPU most of a U-Net's time outside its convolutions goes into reading and writing activations for these. Torch's
+own group norm is slow where channels come last in memory, as the convolutions want them; here the statistics are two
+sums over pixels, all that happens per channel is folded in one multiply-add, and two tensors that are to be
+concatenated are normalised straight into their places in the result.
 """
 
 from __future__ import annotations
@@ -18,11 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-# Elements handled at once: half a megabyte in bfloat16, so that inputs, result and scratch fit a core's L2 cache.
-_BLOCK = 1 << 18
-# Pixels summed within bfloat16's reach before float32 takes over: each partial sum is rounded to 8 bits, and the
-# mean over many of them has an error of some 1e-4 of their size.
-_RUN = 16
+# Partial sums that a narrow type is given before a wider one takes over: each is accumulated in float32 and rounded
+# to 8 bits by bfloat16, so that the sum of 16 is good to some 2e-4 of their size.
+_PARTIAL = 16
 
 
 def norm_act(
@@ -79,123 +75,95 @@ def _rows(x: Tensor) -> Float[Tensor, "b p c"]:
 
 
 def _pixel_sum(x: Float[Tensor, "b p c"], wide: torch.dtype) -> Float[Tensor, "b c"]:
-    """Sum over pixels, in runs that a narrow type can hold, then in `wide`."""
+    """Sum over pixels, a narrow type in parts, then in `wide`."""
     if x.dtype == wide:
         return x.sum(1)
-    b, p, c = x.shape
-    run = _RUN if p % _RUN == 0 else 1
-    if run == 1:
-        return x.to(wide).sum(1)
-    return x.unflatten(1, (p // run, run)).sum(2).to(wide).sum(1)
+    if x.shape[1] % _PARTIAL:
+        return x.sum(1, dtype=wide)
+    return x.unflatten(1, (_PARTIAL, -1)).sum(2).sum(1, dtype=wide)
 
 
 def _over_group(x: Float[Tensor, "b c"], group: int) -> Float[Tensor, "b c"]:
     """Each channel's value replaced by the mean over its group."""
-    b, c = x.shape
-    mean = x.reshape(b, c // group, group).mean(2, keepdim=True)
-    return mean.expand(b, c // group, group).reshape(b, c)
+    return x.unflatten(1, (-1, group)).mean(2).repeat_interleave(group, dim=1)
 
 
 class _Fused(torch.autograd.Function):
-    """`norm_act` with blocks of samples, for memory with channels last."""
+    """`norm_act` for memory with channels last."""
 
     @staticmethod
     def forward(ctx, gain, bias, group, eps, silu, *parts):
+        channels, offset, saved = gain.shape[1], 0, []
+        out = parts[0].new_empty(len(gain), *parts[0].shape[2:], channels).permute(0, 3, 1, 2)
         with torch.autocast("cpu", enabled=False):
-            rows = [_rows(p) for p in parts]
-            b, pixels, _ = rows[0].shape
-            channels = gain.shape[1]
-            out = parts[0].new_empty(b, *parts[0].shape[2:], channels)
-            out_rows = out.view(b, pixels, channels)
-            stats = []
-            wide = torch.promote_types(parts[0].dtype, torch.float32)
-            gain_w, bias_w = gain.to(wide), bias.to(wide)
-            offset = 0
-            for x in rows:
-                own = slice(offset, offset + x.shape[2])
-                stats.append(
-                    _forward_part(x, gain_w[:, own], bias_w[:, own], group, eps, silu, out_rows[:, :, own])
-                )
+            for part in parts:
+                own = slice(offset, offset + part.shape[1])
+                saved += _forward_part(part, gain[:, own], bias[:, own], group, eps, silu, out[:, own])
                 offset = own.stop
-        ctx.save_for_backward(gain, bias, *parts)
-        ctx.stats, ctx.group, ctx.eps, ctx.silu = stats, group, eps, silu
-        return out.permute(0, 3, 1, 2)
+        ctx.save_for_backward(gain, bias, *parts, *saved)
+        ctx.group, ctx.eps, ctx.silu = group, eps, silu
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        gain, bias, *parts = ctx.saved_tensors
+        gain, bias, *rest = ctx.saved_tensors
+        parts = rest[: len(rest) // 4]
         if torch.is_grad_enabled():  # create_graph: this derivative will be differentiated
-            wanted = [v for v, need in zip((gain, bias, *parts), _needs(ctx)) if need]
-            with torch.enable_grad():
-                y = compose(parts, gain, bias, ctx.group, ctx.eps, ctx.silu)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            g = [next(found) if need else None for need in _needs(ctx)]
-            return g[0], g[1], None, None, None, *g[2:]
+            return _derivative_with_graph(ctx, gain, bias, parts, grad)
+        d_parts, d_gain, d_bias, offset = [], [], [], 0
         with torch.autocast("cpu", enabled=False):
-            wide = torch.promote_types(parts[0].dtype, torch.float32)
-            gain_w, bias_w = gain.to(wide), bias.to(wide)
-            d_gain, d_bias = torch.empty_like(gain_w), torch.empty_like(gain_w)
-            grad_rows, d_parts, offset = _rows(grad), [], 0
-            for x, stat in zip(parts, ctx.stats):
-                own = slice(offset, offset + x.shape[1])
-                d_x = torch.empty_like(x, memory_format=torch.channels_last)
-                _backward_part(
-                    grad_rows[:, :, own], _rows(x), (gain_w[:, own], bias_w[:, own], *stat), ctx.group, ctx.silu,
-                    (_rows(d_x), d_gain[:, own], d_bias[:, own]),
-                )  # fmt: skip
-                d_parts.append(d_x)
+            for i, part in enumerate(parts):
+                own = slice(offset, offset + part.shape[1])
+                saved = rest[len(parts) + 3 * i : len(parts) + 3 * (i + 1)]
+                derivatives = _backward_part(grad[:, own], part, gain[:, own], ctx.group, ctx.silu, saved)
+                for found, value in zip((d_parts, d_gain, d_bias), derivatives):
+                    found.append(value)
                 offset = own.stop
-        return d_gain.to(gain.dtype), d_bias.to(bias.dtype), None, None, None, *d_parts
+            return torch.cat(d_gain, 1), torch.cat(d_bias, 1), None, None, None, *d_parts
 
 
-def _needs(ctx) -> list[bool]:
-    return [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:]]
-
-
-def _blocks(x: Tensor):
-    """Slices of samples that together have about `_BLOCK` elements."""
-    size = max(1, _BLOCK // max(1, x[0].numel()))
-    return [slice(i, i + size) for i in range(0, x.shape[0], size)]
+def _derivative_with_graph(ctx, gain, bias, parts, grad):
+    needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:]]
+    wanted = [v for v, need in zip((gain, bias, *parts), needs) if need]
+    y = compose(parts, gain, bias, ctx.group, ctx.eps, ctx.silu)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    d = [next(found) if need else None for need in needs]
+    return d[0], d[1], None, None, None, *d[2:]
 
 
 def _forward_part(x, gain, bias, group, eps, silu, out):
-    """Fill `out` (B, P, C); returns mean and 1 / std of each channel's group, (B, C)."""
-    wide, pixels = gain.dtype, x.shape[1]
-    mean, inverse = torch.empty_like(gain), torch.empty_like(gain)
-    for part in _blocks(x):
-        xs = x[part]
-        first = _over_group(_pixel_sum(xs, wide), group) / pixels
-        second = _over_group(_pixel_sum(xs * xs, wide), group) / pixels
-        # The difference of two rounded numbers can fall below 0 where the group is constant.
-        mean[part], inverse[part] = first, (second - first * first).clamp_(min=0).add_(eps).rsqrt_()
-        a = gain[part] * inverse[part]
-        d = bias[part] - first * a
-        ys = out[part]
-        torch.addcmul(d[:, None].to(x.dtype), xs, a[:, None].to(x.dtype), out=ys)
-        if silu:
-            F.silu(ys, inplace=True)
-    return mean, inverse
+    """Fill `out` (B, C, H, W). Returns mean and 1 / std of each channel's group, (B, C), and what SiLU was given."""
+    rows, wide = _rows(x), gain.dtype
+    pixels = rows.shape[1]
+    mean = _over_group(_pixel_sum(rows, wide), group) / pixels
+    square = _over_group(_pixel_sum(rows * rows, wide), group) / pixels
+    # The difference of two rounded numbers can fall below 0 where a group is constant.
+    inverse = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+    a = gain * inverse
+    d = (bias - mean * a)[:, None].to(x.dtype)
+    target = out.permute(0, 2, 3, 1).flatten(1, 2)
+    if not silu:
+        torch.addcmul(d, rows, a[:, None].to(x.dtype), out=target)
+        return mean, inverse, x.new_empty(0)
+    u = torch.addcmul(d, rows, a[:, None].to(x.dtype))
+    torch.ops.aten.silu.out(u, out=target)
+    return mean, inverse, u
 
 
-def _backward_part(grad, x, saved, group, silu, into):
-    """Fill d x (B, P, C), d gain and d bias (B, C).
+def _backward_part(grad, x, gain, group, silu, saved):
+    """d x (B, C, H, W), d gain and d bias (B, C).
 
     With u = gain hat(x) + bias, s = dL/du, N the size of a group, sums over the group:
     dL/dx = (gain s - sum(gain s)/N - hat(x) sum(gain s hat(x))/N) / std.
     """
-    (gain, bias, mean, inverse), (d_x, d_gain, d_bias) = saved, into
-    pixels = x.shape[1]
-    for part in _blocks(x):
-        xs, s = x[part], grad[part]
-        m, r, w = mean[part], inverse[part], gain[part]
-        a = (w * r)[:, None].to(x.dtype)
-        if silu:
-            d = (bias[part] - m * (w * r))[:, None].to(x.dtype)
-            s = torch.ops.aten.silu_backward(s, torch.addcmul(d, xs, a))
-        total = _pixel_sum(s, gain.dtype)
-        hat = (_pixel_sum(s * xs, gain.dtype) - m * total) * r
-        d_gain[part], d_bias[part] = hat, total
-        level = _over_group(w * total, group) / pixels
-        slope = _over_group(w * hat, group) / pixels * r * r
-        shift = torch.addcmul((m * slope - r * level)[:, None].to(x.dtype), xs, -slope[:, None].to(x.dtype))
-        torch.addcmul(shift, s, a, out=d_x[part])
+    (mean, inverse, u), rows, s = saved, _rows(x), _rows(grad)
+    if silu:
+        s = torch.ops.aten.silu_backward(s, u)
+    d_bias = _pixel_sum(s, gain.dtype)
+    d_gain = (_pixel_sum(s * rows, gain.dtype) - mean * d_bias) * inverse
+    level = _over_group(gain * d_bias, group) / rows.shape[1]
+    slope = _over_group(gain * d_gain, group) / rows.shape[1] * inverse * inverse
+    constant = (mean * slope - inverse * level)[:, None].to(x.dtype)
+    d_x = torch.addcmul(constant, rows, -slope[:, None].to(x.dtype))
+    torch.addcmul(d_x, s, (gain * inverse)[:, None].to(x.dtype), out=d_x)
+    return d_x.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), d_gain, d_bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from undiffuse.recipes.arguments import argument_names, complete
 from undiffuse.recipes.schema import FactsSection, Settings
 from undiffuse.solvers import GRIDS, SOLVERS, Solver
 from undiffuse.training import TrainConfig
+
+T = TypeVar("T")
 
 # Arguments that a network takes from the data.
 FROM_DATA = ("shape", "num_classes", "cond_dim")
@@ -41,9 +43,14 @@ def sigmas(levels: int = 232, smallest: float = 0.01, largest: float = 50.0) -> 
 ALL_PATHS: dict[str, Callable[..., Path]] = {**PATHS, "tabulated-betas": betas, "tabulated-sigmas": sigmas}
 
 
-def _factory(table: Mapping[str, Callable], choice: Mapping[str, Any], what: str, where: str) -> Callable:
+def known(table: Mapping[str, T], name: str, what: str, where: str) -> T:
+    """`table[name]`.
+
+    Raises:
+        RecipeError: no such name; says at which key, and offers the nearest.
+    """
     try:
-        return choose(choice["name"], table, what)
+        return choose(name, table, what)
     except ArgumentError as error:
         raise RecipeError(f"{where}: {error}") from None
 
@@ -63,10 +70,10 @@ def resolve(
         shared: values that other sections hold; taken where the choice has such an argument and does not give it.
         later: arguments that may be missing, because the data will say them.
     """
-    factory = _factory(table, choice, what, where)
+    factory = known(table, choice["name"], what, where)
     given = {key: value for key, value in choice.items() if key != "name"}
-    known = argument_names(factory)
-    given = {key: value for key, value in (shared or {}).items() if key in known} | given
+    names = argument_names(factory)
+    given = {key: value for key, value in (shared or {}).items() if key in names} | given
     return {"name": choice["name"], **complete(factory, given, where, later=later)}
 
 
@@ -76,7 +83,7 @@ def make(table: Mapping[str, Callable], choice: Mapping[str, Any], what: str, wh
     Raises:
         RecipeError: unknown name or argument, or a value that its constructor refuses.
     """
-    factory = _factory(table, choice, what, where)
+    factory = known(table, choice["name"], what, where)
     try:
         return factory(**{key: value for key, value in choice.items() if key != "name"})
     except RecipeError:
@@ -109,7 +116,7 @@ def check(settings: Settings) -> Settings:
     tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
     model = tree["model"]
     model["net"] = resolve(NETS, model["net"], "network", "model.net", later=("shape",))
-    _factory(PREDICTIONS, {"name": model["prediction"]}, "prediction", "model.prediction")  # pyright: ignore
+    known(PREDICTIONS, model["prediction"], "prediction", "model.prediction")
     shared = {"sigma_data": model["sigma_data"]}
     for key, table, what in (("time", TIMES, "time distribution"), ("weight", WEIGHTS, "weight")):
         tree["objective"][key] = resolve(table, tree["objective"][key], what, f"objective.{key}", shared=shared)
@@ -118,11 +125,12 @@ def check(settings: Settings) -> Settings:
         if tree[name]["solver"] is not None:
             tree[name]["solver"] = resolve(SOLVERS, tree[name]["solver"], "solver", f"{name}.solver")
         if tree[name]["grid"] is not None:
-            _factory(GRIDS, {"name": tree[name]["grid"]}, "grid", f"{name}.grid")
+            known(GRIDS, tree[name]["grid"], "grid", f"{name}.grid")
     for name in tree["evaluation"]["metrics"]:
-        _factory(METRICS, {"name": name}, "metric", "evaluation.metrics")
+        known(METRICS, name, "metric", "evaluation.metrics")
     checked = Settings.model_validate(tree)
-    path(checked), objective(checked), train_config(checked), solver(checked.sampling.solver)
+    for make_one in (path, objective, train_config, lambda one: solver(one.sampling.solver)):
+        make_one(checked)  # refuses a value out of range
     return checked
 
 
@@ -174,21 +182,21 @@ def facts(dataset: Any) -> FactsSection:
     )
 
 
-def net_arguments(settings: Settings, known: FactsSection) -> dict[str, Any]:
+def net_arguments(settings: Settings, said: FactsSection) -> dict[str, Any]:
     """The network's choice with what the data say filled in where the recipe leaves it open.
 
     Raises:
         RecipeError: the recipe states another shape, or fewer classes, than the data have.
     """
     choice = dict(settings.model.net)
-    names = argument_names(_factory(NETS, choice, "network", "model.net"))
+    names = argument_names(known(NETS, choice["name"], "network", "model.net"))
     for key in (key for key in FROM_DATA if key in names):
-        said = getattr(known, key)
+        theirs = getattr(said, key)
         if choice.get(key) is None:
-            choice[key] = said
-        elif choice[key] != said and not (key == "num_classes" and said is not None and choice[key] > said):
+            choice[key] = theirs
+        elif choice[key] != theirs and not (key == "num_classes" and theirs is not None and choice[key] > theirs):
             raise RecipeError(
-                f"model.net.{key} = {choice[key]}: the data '{known.data}' have {said}; leave it out to take theirs."
+                f"model.net.{key} = {choice[key]}: the data '{said.data}' have {theirs}; leave it out to take theirs."
             )
     return choice
 

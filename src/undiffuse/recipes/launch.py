@@ -145,5 +145,5 @@ def save_samples(run: Run, step: int, sampler: Sampler) -> None:
     labels = sampler.labels(seeds)
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    arrays = {"samples": sampler(seeds).numpy(), "seeds": np.asarray(seeds)}
+    arrays: dict[str, Any] = {"samples": sampler(seeds).numpy(), "seeds": np.asarray(seeds)}
     np.savez(folder / f"step-{step:07d}.npz", **arrays | ({} if labels is None else {"labels": labels.numpy()}))

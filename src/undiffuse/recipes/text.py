@@ -160,9 +160,9 @@ def _copy(value: Any) -> Any:
 
 
 def _set(tree: Tree, parts: list[str], value: Any) -> None:
-    place = tree
+    place: Tree = tree
     for depth, part in enumerate(parts[:-1]):
-        inner = place.get(part)
+        inner: Any = place.get(part)
         if inner is None:
             inner = {}
         elif isinstance(inner, str):

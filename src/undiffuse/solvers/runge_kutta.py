@@ -21,9 +21,7 @@ def velocity_coefficients(field: Field, t: Tensor) -> tuple[float, float]:
     return p, alpha_dot - alpha * p
 
 
-def heun_coefficients(
-    h: float, start: tuple[float, float], end: tuple[float, float]
-) -> tuple[float, float, float]:
+def heun_coefficients(h: float, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float, float]:
     """Weights of x, of D(x, t) and of D(x_e, s) in Heun's step, from the velocity's (p, q) at t and at s.
 
     `v(x_e, s) = p_s ((1 + h p) x + h q D(x, t)) + q_s D(x_e, s)`, so no velocity is stored.

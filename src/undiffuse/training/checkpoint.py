@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import undiffuse
 from undiffuse.core.errors import CheckpointError
 from undiffuse.training.files import clean, digest, disk_errors, new_directory, remove, write_bytes, write_tensors
 
@@ -110,7 +110,7 @@ class Shelf:
             for name, content in tensors.items():
                 path = temporary / f"{name}{_SUFFIX}"
                 files[path.name] = {"sha256": write_tensors(path, content), "bytes": path.stat().st_size}
-            head = {"format": _FORMAT, "version": undiffuse.__version__, "step": step, "files": files}
+            head = {"format": _FORMAT, "version": version("undiffuse"), "step": step, "files": files}
             write_bytes(temporary / _STATE, _sealed(head | dict(state)))
         return target
 
@@ -257,7 +257,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not match its seal: it has been altered")
     if state["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} has format {state['format']}: this version of undiffuse ({undiffuse.__version__}) reads {_FORMAT}"
+            f"{path} has format {state['format']}: this version of undiffuse ({version('undiffuse')}) reads {_FORMAT}"
         )
     return state
 

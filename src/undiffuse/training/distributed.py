@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,14 +59,16 @@ class World:
         rank, size: this process, and how many.
         device: this process's.
         timeout: seconds to wait for the others.
-        group: the group for agreements, on the CPU whatever the device; None for one process.
+        gradients: the group that averages gradients; None for one process.
+        agreements: the group for all else, on the CPU whatever the device; None for one process.
     """
 
     rank: int
     size: int
     device: torch.device
     timeout: float
-    group: Any = None
+    gradients: Any = None
+    agreements: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +80,7 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
+        return DistributedDataParallel(module, device_ids=devices, process_group=self.gradients)
 
     def silent(self, module: nn.Module, active: bool) -> AbstractContextManager:
         """A block whose backward passes only accumulate: no gradient is sent."""
@@ -111,7 +114,7 @@ class World:
             return flag
         votes = torch.tensor(int(flag))
         with self._waiting(name):
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.agreements)
         return bool(votes)
 
     def sum(self, values: Tensor, name: str) -> Tensor:
@@ -119,7 +122,7 @@ class World:
         total = values.detach().to("cpu", copy=True)
         if self.size > 1:
             with self._waiting(name):
-                dist.all_reduce(total, group=self.group)
+                dist.all_reduce(total, group=self.agreements)
         return total
 
     def from_main(self, name: str, function: Callable[[], Any]) -> Any:
@@ -137,7 +140,7 @@ class World:
             except Exception as error:
                 failure, answer[1] = error, str(error)
         with self._waiting(name):
-            dist.broadcast_object_list(answer, src=0, group=self.group)
+            dist.broadcast_object_list(answer, src=0, group=self.agreements)
         if failure is not None:
             raise failure
         if answer[1] is not None:
@@ -145,28 +148,38 @@ class World:
         return answer[0]
 
 
+def _meet(device: torch.device, timeout: float) -> None:
+    """Make the process group, once in the life of the process: a second one would find the first one's addresses."""
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout + _GRACE)
+        )
+        atexit.register(dist.destroy_process_group)
+
+
 @contextmanager
 def join(device: str | torch.device, timeout: float) -> Iterator[World]:
     """Meet the other processes, if a launcher started several; leave them at the end of the block.
 
-    A process group that the caller has made is used and left as it is.
+    A process group that the caller has made is used.
+
+    Raises:
+        ArgumentError: the device is not there. RunError: the others do not come within `timeout` seconds.
     """
     rank, size = rank_and_size()
     here = find_device(device)
+    world = World(rank, size, here, timeout)
     if here.type == "cuda":
         torch.cuda.set_device(here)
     if size == 1:
-        yield World(0, 1, here, timeout)
+        yield world
         return
-    owned = not dist.is_initialized()
-    world = World(rank, size, here, timeout)
     with world._waiting("the start of all processes"):
-        if owned:
-            backend = "nccl" if here.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
-        world.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        _meet(here, timeout)
+        world.gradients = dist.new_group(timeout=timedelta(seconds=timeout + _GRACE))
+        world.agreements = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     try:
         yield world
     finally:
-        if owned:
-            dist.destroy_process_group()
+        for group in (world.gradients, world.agreements):
+            dist.destroy_process_group(group)

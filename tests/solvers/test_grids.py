@@ -1,0 +1,109 @@
+"""Grids: ends, counts, spacing, and the times a caller may give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from solvers.measuring import F64
+from undiffuse.core.errors import ArgumentError
+from undiffuse.paths import VE, VP, Karras, Linear, Trig
+from undiffuse.solvers import GRIDS, Euler, Heun, check_grid, make_grid
+from worlds import PATHS
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_count_has_exact_ends_and_decreases(kind, path):
+    path = PATHS[path]
+    for steps in (*range(1, 65), 300):
+        grid = make_grid(path, steps, kind)
+        assert grid.dtype == F64
+        assert len(grid) == steps + 1
+        assert float(grid[0]) == path.t_max
+        assert float(grid[-1]) == path.t_min
+        assert bool((grid[1:] < grid[:-1]).all())
+        # no network is called between t_min and t_low
+        assert steps == 1 or float(grid[-2]) >= path.t_low
+
+
+def test_the_spacing_is_the_one_named():
+    def equal(values):
+        steps = values.diff()
+        return torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-9)
+
+    linear = Linear()
+    assert equal(make_grid(linear, 10, "time"))
+    assert equal(make_grid(linear, 10, "quadratic").sqrt())
+    assert equal(linear.angle(make_grid(linear, 10, "angle")))
+    # on the straight line the canonical time is t
+    assert equal(make_grid(linear, 10, "canonical") ** (2 / 3))
+    assert torch.allclose(make_grid(Trig(), 10, "time"), make_grid(Trig(), 10, "angle"))
+    assert equal(VP().half_log_snr(make_grid(VP(), 10, "half-log-snr")[:-1]))
+    # EDM's own formula (Karras et al. 2022, eq. 5), with its appended 0
+    i = torch.arange(10, dtype=F64)
+    expected = (80 ** (1 / 7) + i / 9 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert torch.allclose(make_grid(Karras(), 10, "karras")[:-1], expected)
+    assert equal(VE().half_log_snr(make_grid(VE(), 10, "half-log-snr")))
+
+
+@pytest.mark.parametrize("kind", ["half-log-snr", "karras"])
+def test_levels_start_below_an_infinite_noise_and_end_above_none(kind):
+    path = Linear()
+    grid = make_grid(path, 10, kind)
+    assert float(grid[-2]) == path.t_low
+    inner = path.half_log_snr(grid[1:-1])
+    assert torch.isfinite(inner).all()
+    spread = inner if kind == "half-log-snr" else torch.exp(-inner / 7)
+    first = path.half_log_snr(torch.tensor(path.t_high, dtype=F64))
+    first = first if kind == "half-log-snr" else torch.exp(-first / 7)
+    assert torch.allclose(torch.cat([first[None], spread]).diff(), spread.diff().mean().expand(9), rtol=1e-9)
+
+
+def test_equal_steps_do_not_fall_below_t_low():
+    grid = make_grid(VP(), 200, "quadratic")
+    assert float(grid[-2]) == VP().t_low
+
+
+def test_runge_kutta_avoids_steps_that_turn_the_noise():
+    # VE's time is log sigma: a canonical step there is longer than Euler's method allows.
+    for solver in (Euler(), Heun()):
+        assert torch.equal(solver.default_grid(VE(), 20), make_grid(VE(), 20, "karras"))
+        for path in (VP(), Linear(), Karras()):
+            assert torch.equal(solver.default_grid(path, 20), make_grid(path, 20, "canonical"))
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, True, "10"])
+def test_steps_must_be_a_count(steps):
+    with pytest.raises(ArgumentError, match="at least 1"):
+        make_grid(VP(), steps)
+
+
+def test_unknown_kinds_offer_the_nearest():
+    with pytest.raises(ArgumentError, match="Did you mean 'karras'"):
+        make_grid(VP(), 5, "karas")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (torch.tensor([1, 0]), "expected a name"),
+        (torch.zeros(2, 2), "one-dimensional"),
+        (torch.tensor([1.0]), "2 or more"),
+        (torch.tensor([1.0, 0.5, 0.5, 0.0]), r"time 2 is 0.5 after 0.5"),
+        (torch.tensor([0.0, 1.0]), "decrease strictly"),
+        (torch.tensor([1.5, 0.0]), "expected times in"),
+        (torch.tensor([1.0, -0.1]), "expected times in"),
+        (torch.tensor([1.0, float("nan"), 0.0]), "expected times in"),
+    ],
+)
+def test_a_bad_grid_is_refused(grid, message):
+    with pytest.raises(ArgumentError, match=message):
+        check_grid(VP(), grid)
+
+
+def test_a_float32_grid_may_touch_the_ends():
+    path = Karras(sigma_max=80.1)
+    times = check_grid(path, torch.tensor([80.1, 1.0, 0.0], dtype=torch.float32))
+    assert times.dtype == F64
+    assert float(times[0]) <= path.t_max

@@ -1,0 +1,74 @@
+"""Every solver converges at the order it declares, and to the right law."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from solvers.measuring import F64, SOLVERS, STOCHASTIC, gaussian, mixture, moments_after, numbers, order
+from undiffuse.oracles import GaussianMixture
+from undiffuse.paths import VE, VP, Linear
+from undiffuse.solvers import make_grid, sample
+from worlds import PATHS
+
+SMOOTH = ["vp", "ve", "sub-vp", "cosine", "linear", "trig", "karras"]
+
+
+@pytest.mark.parametrize("path", SMOOTH)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_declared_order_is_the_measured_one(name, path):
+    assert order(name, PATHS[path]) == pytest.approx(SOLVERS[name].order, abs=0.2)
+
+
+@pytest.mark.parametrize("path", [VP(), VE(), Linear()], ids=["vp", "ve", "linear"])
+@pytest.mark.parametrize(
+    ("name", "steps", "rtol"), [(n, *((100, 0.002) if "edm" in n else (300, 0.016))) for n in STOCHASTIC]
+)
+def test_stochastic_solvers_end_in_the_law_of_the_data(name, steps, rtol, path):
+    law, grid = gaussian(), make_grid(path, steps, "canonical")
+    start = law.perturbed(path, path.t_max)
+    mean, variance = moments_after(SOLVERS[name], path, grid, start.flat_mean, start.variances)
+    end = law.perturbed(path, path.t_min)
+    assert torch.allclose(variance.sqrt(), end.variances.sqrt(), rtol=rtol)
+    assert torch.allclose(mean, end.flat_mean, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "bound"), [("ddim", 20, 0.05), ("dpmpp-2m", 20, 0.0065), ("dpmpp-2m", 60, 1e-3)]
+)
+@pytest.mark.parametrize("path", ["vp", "cosine", "linear", "karras", "ddpm-table"])
+def test_from_noise_to_data_on_a_gaussian(name, steps, bound, path):
+    law, on = gaussian(), PATHS[path]
+    noise = on.prior_std * numbers(40, 3, seed=2)
+    exact = law.flow(on, noise, on.t_max, on.t_min)
+    x = sample(law.denoiser(on), noise=noise, solver=name, steps=steps)
+    assert float((x - exact).square().mean().sqrt()) < bound
+
+
+@pytest.mark.parametrize("path", ["vp", "linear"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_samples_of_a_mixture_have_its_modes(name, path):
+    n = 3000
+    means = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [1.0, -2.0]], dtype=F64)
+    law = GaussianMixture(means, torch.tensor([0.3, 0.4, 0.5], dtype=F64), torch.tensor([0.5, 0.3, 0.2], dtype=F64))
+    x = sample(law.denoiser(PATHS[path]), (n, 2), solver=SOLVERS[name], steps=60, seed=11, dtype=F64)
+    mode = law.responsibilities(x).argmax(1)
+    for k in range(3):
+        members = x[mode == k]
+        # Five standard errors (false alarms below 1e-5 over all cases), and the solver's own error beside them.
+        assert len(members) / n == pytest.approx(float(law.weights[k]), abs=5 * 0.5 / n**0.5)
+        std = float(law.variances[k].sqrt())
+        assert torch.allclose(members.mean(0), means[k], atol=5 * std / len(members) ** 0.5 + 0.01)
+        assert torch.allclose(members.std(0), law.variances[k].sqrt(), rtol=5 / (2 * len(members)) ** 0.5 + 0.05)
+
+
+def test_refining_the_steps_converges_for_every_solver():
+    law, path = mixture(), Linear()
+    noise = numbers(30, 2, seed=3)
+    fine = sample(law.denoiser(path), noise=noise, solver="dpmpp-2m", steps=1000)
+    for name in ("euler", "heun", "ddim", "dpmpp-2m", "edm"):
+        errors = [
+            float((sample(law.denoiser(path), noise=noise, solver=name, steps=n) - fine).norm(dim=1).mean())
+            for n in (8, 32, 128)
+        ]
+        assert errors[2] < 0.3 * errors[1] < 0.3 * 0.45 * errors[0], (name, errors)
