@@ -157,7 +157,11 @@ def main() -> None:
     rounds = 2 if options.quick else options.rounds
 
     torch.manual_seed(0)
-    x, target, t = torch.randn(options.batch, 3, 32, 32), torch.randn(options.batch, 3, 32, 32), torch.rand(options.batch)
+    x, target, t = (
+        torch.randn(options.batch, 3, 32, 32),
+        torch.randn(options.batch, 3, 32, 32),
+        torch.rand(options.batch),
+    )
     names = [n for n in NETWORKS if not options.only or any(word in n for word in options.only)]
     cases = build(names, options.modes, x, t)
     for case in cases:
@@ -176,7 +180,9 @@ def report(cases: list[Case], peak: dict[torch.dtype, float], options, rounds: i
     for package in ("azula", "diffusers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    print(f"{', '.join(versions)}; {options.threads} threads; batch {options.batch} of 3x32x32; {rounds} rounds, medians")
+    print(
+        f"{', '.join(versions)}; {options.threads} threads; batch {options.batch} of 3x32x32; {rounds} rounds, medians"
+    )
     print(f"matmul peak: fp32 {peak[torch.float32] / 1e9:.0f} GFLOP/s, bf16 {peak[torch.bfloat16] / 1e9:.0f} GFLOP/s\n")
     print("| network | params | train GFLOP/img | mode | img/s | GFLOP/s | share of peak |")
     print("|---|--:|--:|---|--:|--:|--:|")
@@ -197,7 +203,9 @@ def report(cases: list[Case], peak: dict[torch.dtype, float], options, rounds: i
                 best[name] = max(value, best.get(name, 0.0))
         for name in [n for n in best if n.startswith("undiffuse")]:
             for peer in [n for n in best if not n.startswith("undiffuse")]:
-                print(f"  {kind}: {name} {best[name]:.1%}, {peer} {best[peer]:.1%}, ratio {best[name] / best[peer]:.2f}")
+                print(
+                    f"  {kind}: {name} {best[name]:.1%}, {peer} {best[peer]:.1%}, ratio {best[name] / best[peer]:.2f}"
+                )
 
 
 if __name__ == "__main__":

@@ -110,15 +110,15 @@ def test_golden_values():
     ]
     folded = Streams.of([5, 6]).fold("train").fold(7).normal((2, 2))
     assert folded.tolist() == [
-        [0.5913965702056885, -0.6735082864761353],
-        [-1.1015063524246216, 0.7033374905586243],
+        [0.8789353370666504, 0.5146191120147705],
+        [-1.1091424226760864, -0.12011680006980896],
     ]
 
 
 def test_golden_keys():
     assert hash_key() == 0
-    assert hash_key("train") == 3705786776410625984
-    assert hash_key(3, "train", 5) == 3296070220141538303
+    assert hash_key("train") == -286667492501560372
+    assert hash_key(3, "train", 5) == -3051990818439333984
     assert hash_key(0) == -2152535657050944081
     assert hash_key(-1) == -1956407806741107680
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.shapes import as_time, event_mean, pad_to
+from undiffuse.core.shapes import as_time, pad_to
 
 
 def test_times_scale_samples_and_not_pixels():
@@ -36,12 +36,6 @@ def test_padded_times_have_one_size_for_each_dimension(event):
 def test_a_time_of_another_shape_is_refused(t, x, wanted):
     with pytest.raises(ArgumentError, match=wanted):
         pad_to(t, x)
-
-
-def test_event_mean_is_over_the_event_and_keeps_the_batch():
-    values = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, -8.0]]])
-    assert event_mean(values).tolist() == [3.0, -2.0]
-    assert event_mean(torch.tensor([[4.0], [5.0]])).tolist() == [4.0, 5.0]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,30 @@ def test_a_stream_of_unnamed_classes_needs_their_number(make_parquet):
     assert (sorted(numbers(x)), label) == ([0, 1, 2, 3, 4], None)
 
 
+def test_a_stream_in_shards_visits_each_row_once(make_parquet):
+    names = ["a", "b", "c"]
+    make_parquet(rows(range(8)), "train-00000-of-00003.parquet", names=names)
+    make_parquet(rows(range(8, 20)), "train-00001-of-00003.parquet", names=names)
+    place = str(make_parquet(rows(range(20, 25)), "train-00002-of-00003.parquet", names=names))
+    stream = load("hub", path=place, streaming=True, buffer=6)
+    assert len(stream.shards) == 3
+    orders = []
+    for epoch in range(4):
+        x, label = next(stream.batches(25, epoch, seed=1))
+        assert sorted(numbers(x)) == list(range(25))
+        assert label.tolist() == [number % 3 for number in numbers(x)]
+        orders.append(numbers(x))
+    # Shards come in another order each epoch: first rows from more than one of them.
+    assert len({(order[0] >= 8) + (order[0] >= 20) for order in orders}) > 1
+
+
+def test_a_stream_cannot_number_classes_it_has_not_seen(make_parquet):
+    place = str(make_parquet([(encode(picture(k)), "cat" if k % 2 else "dog") for k in range(6)]))
+    with pytest.raises(DataError, match=r"labels of .* are of type 'string'"):
+        load("hub", path=place, streaming=True, num_classes=2)
+    assert load("hub", path=place, held_out=0.0).class_names == ["cat", "dog"]
+
+
 def test_a_missing_data_set_is_named(tmp_path):
     with pytest.raises(DataError, match="'nobody/nothing' cannot be read"):
         load("nobody/nothing")

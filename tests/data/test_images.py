@@ -121,12 +121,14 @@ def test_what_cannot_be_read_has_a_reason_and_raises_nothing(encoded):
     assert "0x" not in result.reason  # no memory addresses
 
 
+def test_formats_that_run_another_program_are_not_even_opened():
+    # Pillow would hand EPS to Ghostscript; PCX it could decode itself, and is asked not to.
+    for encoded in (EPS, saved(Image.new("L", (2, 2)), "PCX")):
+        assert Decoder()(encoded) == Unreadable("UnidentifiedImageError: cannot identify image file")
+
+
 def test_the_limit_on_pixels_names_itself(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1599)
     assert "40 x 40 pixels, more than the limit of 1,599" in Decoder()(PNG).reason
     monkeypatch.setattr(images, "MAX_PIXELS", 1600)
     assert isinstance(Decoder()(PNG), np.ndarray)
-
-
-def test_a_missing_file_is_unreadable(tmp_path):
-    assert "No such file" in Decoder()(tmp_path / "gone.png").reason

@@ -23,7 +23,7 @@ def data_of(name, tmp_path):
     if name == "mnist":
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
     if name == "cifar10":
-        return [f"data.path={parquet(tmp_path / 'cifar', 'img', (32, 32, 3))}"]
+        return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
     return []
 
 

@@ -208,6 +208,15 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(trained, tmp_pa
     assert torch.equal(weights(run, step=3), weights(trained, step=3))
 
 
+def test_weights_of_another_network_are_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained.folder, folder)
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text().replace("hidden: 16", "hidden: 24"))
+    with pytest.raises(CheckpointError, match="shape"):
+        ud.load_run(folder).denoiser()
+
+
 def test_metrics_tolerate_a_line_cut_short_at_the_end_only(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained.folder, folder)

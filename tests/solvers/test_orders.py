@@ -48,7 +48,7 @@ def test_from_noise_to_data_on_a_gaussian(name, steps, bound, path):
 @pytest.mark.parametrize("path", ["vp", "linear"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_samples_of_a_mixture_have_its_modes(name, path):
-    n = 3000
+    n = 2000
     means = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [1.0, -2.0]], dtype=F64)
     law = GaussianMixture(means, torch.tensor([0.3, 0.4, 0.5], dtype=F64), torch.tensor([0.5, 0.3, 0.2], dtype=F64))
     x = sample(law.denoiser(PATHS[path]), (n, 2), solver=SOLVERS[name], steps=60, seed=11, dtype=F64)
@@ -65,7 +65,7 @@ def test_samples_of_a_mixture_have_its_modes(name, path):
 def test_refining_the_steps_converges_for_every_solver():
     law, path = mixture(), Linear()
     noise = numbers(30, 2, seed=3)
-    fine = sample(law.denoiser(path), noise=noise, solver="dpmpp-2m", steps=1000)
+    fine = sample(law.denoiser(path), noise=noise, solver="dpmpp-2m", steps=400)
     for name in ("euler", "heun", "ddim", "dpmpp-2m", "edm"):
         errors = [
             float((sample(law.denoiser(path), noise=noise, solver=name, steps=n) - fine).norm(dim=1).mean())

@@ -255,7 +255,7 @@ def test_real_failed_write(run):
     """The kernel refuses to write beyond 2,000 bytes: not a simulation of an error but an error."""
     before = fingerprint(run)
     script = FULL.format(toys=str(Path(__file__).parent), run=str(run))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode != 0
     assert "RunError: could not write" in done.stderr, done.stderr
     assert "The checkpoint of step 8 is intact: free some space" in done.stderr
@@ -278,7 +278,7 @@ def test_rubbish_is_cleaned_at_the_start(run):
 
 def test_views_and_tensors_of_a_device_are_saved_plain(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"a": base[:, :2], "b": base[:, 2:], "c": base.t(), "d": base}
+    tensors = {"a": base[:, :2], "b": base[1:], "c": base.t(), "d": base}
     save_checkpoint(tmp_path, 1, {"model": tensors}, {}, keep=1)
     loaded = load_checkpoint(tmp_path).tensors("model")
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())

@@ -23,7 +23,7 @@ def kill(folder, *arguments, timeout):
 
 
 def test_random_moments(tmp_path):
-    trials = kill(tmp_path, "moments", "6", timeout=300)
+    trials = kill(tmp_path, "moments", "6", timeout=900)
     assert len(trials) == 6
     assert all(t["same"] and t["left"] == 0 for t in trials), trials
     assert len({t["at"] for t in trials}) >= 3

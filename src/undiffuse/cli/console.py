@@ -103,6 +103,12 @@ class Progress:
     ) -> None:
         pass
 
+    def now(self, what: str, unit: str) -> Progress:
+        """From here on another thing is counted; nothing happens where it is the same."""
+        if (what, unit) != (self.what, self.unit):
+            self.what, self.unit, self.first = what, unit, None
+        return self
+
     def to(self, done: int, total: int, note: str = "") -> None:
         """Now `done` of `total` are done; `note` is shown beside."""
         now = time.monotonic()
@@ -162,7 +168,7 @@ class Bar(Progress):
 
     def show(self, done: int, total: int, note: str, rate: float | None) -> None:
         state = f"{describe(done, total, rate, self.unit)}{note and '  ' + note}"
-        self.rich.update(self.task, completed=done, total=total, state=state)
+        self.rich.update(self.task, description=self.what, completed=done, total=total, state=state)
 
 
 def describe(done: int, total: int, rate: float | None, unit: str) -> str:

@@ -15,7 +15,9 @@ def demo(
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's.")
     ] = None,
-    run: Annotated[Path, typer.Option("--run", "--run-dir", metavar="DIR", help="Run folder; resumed if it exists.")] = Path("runs/demo"),
+    run: Annotated[
+        Path, typer.Option("--run", "--run-dir", metavar="DIR", help="Run folder; resumed if it exists.")
+    ] = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Which recipe.")] = "digits",
     device: options.Device = "auto",
     json: options.Json = False,

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from undiffuse.core.errors import RunError
+from undiffuse.recipes.generate import write_arrays
 from undiffuse.report.pictures import image_grid, png_bytes
 from undiffuse.training.files import disk_errors, replace_file, sync
 
@@ -151,8 +152,7 @@ class NpzShards:
 
     def write(self, index: int, seeds: np.ndarray, x: Tensor, labels: Tensor | None) -> None:
         buffer = io.BytesIO()
-        arrays: dict[str, Any] = {"samples": x.numpy().astype(np.float32), "seeds": seeds}
-        np.savez(buffer, **arrays | ({} if labels is None else {"labels": labels.numpy()}))
+        write_arrays(buffer, x, seeds, labels)
         with disk_errors(str(self.file(index)), ALIVE):
             replace_file(self.file(index), buffer.getvalue())
 

@@ -77,13 +77,14 @@ def train_run(recipe: str, changes: list[str], run: Path | None, device: str, sc
     from undiffuse.recipes import train as train_recipe
 
     loaded = load_recipe(recipe, changes)
-    with screen.progress("training", "steps") as bar:
+    with screen.progress("reading", "images") as bar:
         done = train_recipe(
             loaded,
             run,
             device=device,
             on_start=lambda started, model: _announce(started, model, screen),
-            on_log=lambda record: bar.to(record["step"], record["steps"], note=_note(record)),
+            on_data=lambda read, total: bar.now("reading", "images").to(read, total),
+            on_log=lambda record: bar.now("training", "steps").to(record["step"], record["steps"], note=_note(record)),
             on_sample=save_grid,
         )
     result = done.result

@@ -11,9 +11,9 @@ rounds correctly: the bits are the same in a vectorised loop, in its scalar tail
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -51,8 +51,9 @@ def hash_key(*parts: int | str) -> int:
     """A 64-bit key from integers and names, order mattering; the same on every machine."""
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        word = zlib.crc32(part.encode()) if isinstance(part, str) else part
-        key = _mix(key + _GAMMA + _signed(word))
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+        key = _mix(key + _GAMMA + _signed(part))
     return int(key)
 
 
@@ -80,8 +81,8 @@ class Streams:
     def of(cls, seed: int | Sequence[int] | Tensor, n: int | None = None, *, first: int = 0, device=None) -> Streams:
         """Streams of samples `first ... first + n - 1` of one seed, or the first stream of each of many seeds."""
         seeds = torch.as_tensor(seed, dtype=torch.int64, device=device)
-        if seeds.ndim == 0 and n is None:
-            raise ArgumentError("one seed for a batch needs n, the number of samples")
+        if seeds.ndim == 0 and (n is None or n < 0):
+            raise ArgumentError(f"one seed for a batch needs n, the number of samples: given {n}")
         if seeds.ndim > 1 or (seeds.ndim == 1 and n is not None and n != len(seeds)):
             raise ArgumentError(
                 f"seed has shape {tuple(seeds.shape)}: expected an integer, or one integer for each of {n} samples"
@@ -119,9 +120,9 @@ class Streams:
     def uniform(self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
         """Uniform on (0, 1), both ends excluded."""
         open_unit = (_shift_right(self.bits(shape, device), 12).to(torch.float64) + 0.5) * 2.0**-52
-        # Rounding to a narrow type may reach 1: stay below it.
-        below_one = 1.0 - torch.finfo(dtype).eps / 2
-        return open_unit.to(dtype).clamp_(max=below_one)
+        # Rounding to a narrow type may reach 0 or 1: stay between them.
+        info = torch.finfo(dtype)
+        return open_unit.to(dtype).clamp_(min=info.tiny, max=1.0 - info.eps / 2)
 
     def normal(self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
         """Standard normal."""
@@ -129,7 +130,9 @@ class Streams:
         return normal_quantile(open_unit).to(dtype)
 
     def integers(self, high: int, shape: Sequence[int], *, device=None) -> Tensor:
-        """Uniform integers in [0, high); high <= 2^31, bias below 2^-21."""
+        """Uniform integers in [0, high), 1 <= high <= 2^31; bias below 2^-21."""
+        if not 1 <= high <= 2**31:
+            raise ArgumentError(f"high is {high}: expected 1 to 2^31")
         return (self.uniform(shape, dtype=torch.float64, device=device) * high).to(torch.int64)
 
 

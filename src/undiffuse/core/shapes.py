@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
@@ -22,11 +21,6 @@ def pad_to(t: Tensor, x: Tensor) -> Tensor:
             f"time has shape {tuple(t.shape)} and x {tuple(x.shape)}: expected () or ({x.shape[0] if x.ndim else 'B'},)"
         )
     return t.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def event_mean(values: Float[Tensor, "b *event"]) -> Float[Tensor, " b"]:
-    """Mean over the event dimensions: the default reduction of every objective."""
-    return values.flatten(1).mean(dim=1)
 
 
 def as_time(t: Tensor | float, like: Tensor) -> Tensor:

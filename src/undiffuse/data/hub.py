@@ -128,7 +128,7 @@ def _stream(found: Any, request: Request, split: str, whole: bool) -> StreamingD
     """A data set read over the network as it is needed."""
     datasets = require("datasets", tables.EXTRA)
     features = found.features or {}
-    if features and request.image_column not in features:
+    if request.image_column not in features:
         columns = ", ".join(features)
         raise DataError(f"'{request.path}' has no column '{request.image_column}'; its columns: {columns}")
     label = request.label if request.label in features else None
@@ -140,6 +140,12 @@ def _stream(found: Any, request: Request, split: str, whole: bool) -> StreamingD
         raise DataError(
             f"how many classes '{request.path}' has is not stated and a stream cannot be counted: "
             "give data.num_classes, or data.label=null to do without labels"
+        )
+    kind = str(getattr(features.get(label), "dtype", ""))
+    if label is not None and not names and "int" not in kind:
+        raise DataError(
+            f"the labels of '{request.path}' are of type '{kind}': a stream takes whole numbers or named classes; "
+            "load it without streaming, or give data.label=null"
         )
     found = found.cast_column(request.image_column, datasets.Image(decode=False))
     shards = HubShards(found, request, label, Labels(None, names, classes if label else None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,15 +35,14 @@ class Decoder:
     size: tuple[int, int] | None = None
     channels: int | None = None
 
-    def __call__(self, encoded: bytes | Path) -> np.ndarray | Unreadable:
+    def __call__(self, encoded: bytes) -> np.ndarray | Unreadable:
         """Bytes (C, H, W), or the reason there are none. Orientation follows the EXIF tag.
 
         A smaller or larger image is scaled to cover `size` with Lanczos' kernel (widened when shrinking, so
         without aliasing) and cropped about its centre; one that has the size already is untouched.
         """
         try:
-            file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return Unreadable(
                         f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}: "

@@ -128,7 +128,7 @@ def load(
         size: images are scaled to cover (height, width) and cropped about their centre (Lanczos); None: as they
             are, all of one size.
         channels: 1 (grey, ITU-R 601 luma), 3 (RGB; transparency over white) or 4 (RGBA); None: as in the data.
-        label: column, or array in an .npz, that holds the labels; None: no labels.
+        label: column, or array in an .npz, that holds the labels (without a "label" there are none); None: no labels.
         image_column: column of the images; in an .npz the array of the data.
         num_classes: how many classes, where the data do not say.
         on_error: an image that cannot be read is named and the load "stop"s, or it is left out: "skip".
@@ -145,12 +145,7 @@ def load(
         DataError: data that are missing, unreadable, of mixed sizes, or wrongly labelled.
         MissingExtraError: parquet or the hub without `undiffuse[data]`.
     """
-    request = _resolve(
-        Request(
-            source, split, path, data_files, config, revision, size, channels, label, image_column, num_classes,
-            on_error, streaming, buffer, limit, held_out, n, seed, progress,
-        )
-    )  # fmt: skip
+    request = _resolve(Request(**locals()))  # the arguments, by name
     chosen = SOURCES[request.source]
     stray = sorted(request.given() - chosen.options)
     if stray:

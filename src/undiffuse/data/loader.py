@@ -14,6 +14,9 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Streams, hash_key
 
+POLL_SECONDS = 0.05  # between looks at whether the reader has left
+LEAVE_SECONDS = 10.0
+
 Batch = tuple[Tensor, Tensor | None]
 
 
@@ -152,7 +155,8 @@ class Loader:
                 yield item
         finally:
             leaving.set()
-            thread.join()
+            # A thread that waits for a network may not hold up the program's end.
+            thread.join(LEAVE_SECONDS)
 
     def _fill(self, waiting: queue.Queue, leaving: threading.Event, start: int, stop: int | None) -> None:
         """Body of the thread: batches, then None; an error in the place of the batch that met it."""
@@ -160,7 +164,7 @@ class Loader:
         def put(item: Any) -> None:
             while not leaving.is_set():
                 try:
-                    waiting.put(item, timeout=0.05)  # seconds between looks at `leaving`
+                    waiting.put(item, timeout=POLL_SECONDS)
                 except queue.Full:
                     continue
                 return

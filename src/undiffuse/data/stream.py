@@ -92,7 +92,8 @@ class StreamingDataset(Labelled):
 
     In each epoch the shards come in a random order, and the rows of every `buffer` in a row are shuffled among
     themselves. A row that cannot be read stops the stream, or (on_error "skip") its place in the batch is taken by the
-    next row that can, so that what a batch holds does not depend on who reads it or from where.
+    next row that can, so that what a batch holds does not depend on who reads it or from where. Skipping costs nothing
+    where the number of rows is known (files); a hub stream reads past what it skips.
 
     Args:
         shards: where the rows are.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from undiffuse.nets.memory import keep_freed_memory
 from undiffuse.nets.mlp import MLP
 from undiffuse.nets.unet import UNet
 
 NETS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
 
-__all__ = ["MLP", "NETS", "UNet"]
+__all__ = ["MLP", "NETS", "UNet", "keep_freed_memory"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,7 +27,7 @@ def groups_of(channels: int, most: int = 32, least_size: int = 4) -> int:
 class NormAct(nn.Module):
     """f((1 + s) (w norm(x) + b) + d): group norm with learned w, b and, where given, per-sample s, d (B, C).
 
-    f = SiLU or the identity. Several tensors are taken as one, concatenated along the channels.
+    f = SiLU or the identity.
     """
 
     def __init__(self, channels: int, *, silu: bool = True, eps: float = 1e-5):
@@ -40,14 +37,15 @@ class NormAct(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self, parts: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None
+        self, x: Float[Tensor, "b c h w"], scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Float[Tensor, "b c h w"]:
-        gain, bias = self.weight[None].float(), self.bias[None].float()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        gain, bias = self.weight[None].to(wide), self.bias[None].to(wide)
         if scale is not None:
             gain, bias = gain * (1 + scale), bias * (1 + scale)
         if shift is not None:
             bias = bias + shift
-        return norm_act(parts, gain, bias, self.group, self.eps, self.silu)
+        return norm_act(x, gain, bias, self.group, self.eps, self.silu)
 
 
 class Same(nn.Module):
@@ -63,12 +61,20 @@ class Halve(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)
 
+    def learned(self, channels: int) -> Resize:
+        """A convolution at every second pixel."""
+        return Resize(Same(), nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+
 
 class Double(nn.Module):
     """Each pixel becomes 2 x 2."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    def learned(self, channels: int) -> Resize:
+        """Repeated pixels, then a convolution."""
+        return Resize(Double(), nn.Conv2d(channels, channels, 3, padding=1))
 
 
 class ResidualBlock(nn.Module):
@@ -86,6 +92,8 @@ class ResidualBlock(nn.Module):
         dropout: probability.
         rescale: r.
     """
+
+    takes_stored = False  # on its own, between two levels; within a Stage, the Stage says so
 
     def __init__(
         self,
@@ -106,20 +114,21 @@ class ResidualBlock(nn.Module):
         self.modulation = nn.Linear(embedding, width_out * (2 if self.scaled else 1))
         self.norm_2 = NormAct(width_out)
         self.conv_2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
-        self.skip = Same() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+        self.skip = None if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
-    def forward(self, parts: Sequence[Tensor], e: Float[Tensor, "b e"]) -> Float[Tensor, "b d i j"]:
-        """The block's value on the concatenation of `parts`."""
-        h = self.conv_1(self.resample(self.norm_1(parts)))
+    def forward(self, x: Float[Tensor, "b c h w"], e: Float[Tensor, "b e"]) -> Float[Tensor, "b d i j"]:
+        h = self.conv_1(self.resample(self.norm_1(x)))
         m = self.modulation(e)
         if self.scaled:
-            scale, shift = m.float().chunk(2, dim=1)
-            h = self.norm_2([h], scale, shift)
+            scale, shift = m.chunk(2, dim=1)
+            h = self.norm_2(h, scale, shift)
         else:
-            h = self.norm_2([h + m[:, :, None, None].to(h.dtype)])
-        h = self.conv_2(F.dropout(h, self.dropout, self.training))
-        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-        return (self.skip(self.resample(x)) + h) * self.rescale
+            h = self.norm_2(h + m[:, :, None, None].to(h.dtype))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, self.training)
+        x = self.resample(x)
+        h = self.conv_2(h) + (x if self.skip is None else self.skip(x))
+        return h if self.rescale == 1 else h * self.rescale
 
 
 class Attention(nn.Module):
@@ -145,34 +154,36 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         b, c, h, w = x.shape
-        tokens = self.norm([x]).permute(0, 2, 3, 1).reshape(b, h * w, c)
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        return (x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)) * self.rescale
+        y = x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return y if self.rescale == 1 else y * self.rescale
 
 
 class Stage(nn.Module):
     """A residual block, then attention where asked for."""
 
+    takes_stored = True
+
     def __init__(self, block: ResidualBlock, attention: Attention | None):
         super().__init__()
         self.block, self.attention = block, attention
 
-    def forward(self, parts: Sequence[Tensor], e: Tensor) -> Tensor:
-        x = self.block(parts, e)
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        x = self.block(x, e)
         return x if self.attention is None else self.attention(x)
 
 
 class Resize(nn.Module):
-    """A change of resolution without noise level: the bare map, or with a 3x3 convolution."""
+    """A change of resolution that is not told the noise level: the bare map, or with a convolution."""
+
+    takes_stored = False
 
     def __init__(self, resample: nn.Module, conv: nn.Module | None):
         super().__init__()
         self.resample, self.conv = resample, conv
 
-    def forward(self, parts: Sequence[Tensor], e: Tensor) -> Tensor:
-        x = self.resample(parts[0])
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        x = self.resample(x)
         return x if self.conv is None else self.conv(x)
-
-
-SQRT_HALF = math.sqrt(0.5)

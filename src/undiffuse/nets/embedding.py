@@ -1,7 +1,7 @@
 """What a network is told beside `x`: the noise level, a class label, a vector.
 
-Every embedding is computed in float32, whatever the autocast state: a noise label in bfloat16 has three significant
-digits, too few to tell neighbouring noise levels apart.
+Every embedding is computed in float32 at least, whatever the autocast state: a noise label in bfloat16 has three
+significant digits, too few to tell neighbouring noise levels apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sinusoidal(nn.Module):
         self.register_buffer("frequencies", span.exp().float(), persistent=False)
 
     def forward(self, c_noise: Float[Tensor, " b"]) -> Float[Tensor, "b width"]:
-        angle = c_noise.float()[:, None] * self.frequencies.float()
+        angle = _wide(c_noise)[:, None] * _wide(self.frequencies)
         return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -53,7 +53,7 @@ class Fourier(nn.Module):
         self.register_buffer("frequencies", 2 * math.pi * scale * torch.randn(width // 2))
 
     def forward(self, c_noise: Float[Tensor, " b"]) -> Float[Tensor, "b width"]:
-        angle = c_noise.float()[:, None] * self.frequencies.float()
+        angle = _wide(c_noise)[:, None] * _wide(self.frequencies)
         return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -73,7 +73,7 @@ class Labels(nn.Module):
         if labels is None:
             labels = torch.full((batch,), -1, dtype=torch.int64, device=self.table.weight.device)
         self._check(labels, batch)
-        return F.embedding(torch.where(labels < 0, self.num_classes, labels), self.table.weight.float())
+        return F.embedding(torch.where(labels < 0, self.num_classes, labels), _wide(self.table.weight))
 
     def _check(self, labels: Tensor, batch: int) -> None:
         if labels.is_floating_point() or labels.shape != (batch,):
@@ -114,12 +114,12 @@ class Vector(nn.Module):
                 f"({batch}, {self.cond_dim}) floats, a row of NaN where it is absent"
             )
         missing = vector.isnan().any(dim=1, keepdim=True)
-        known = F.linear(vector.float().nan_to_num(0.0), self.linear.weight.float(), self.linear.bias.float())
-        return torch.where(missing, self.absent.float(), known)
+        known = _linear(self.linear, vector.nan_to_num(0.0))
+        return torch.where(missing, _wide(self.absent), known)
 
 
 class Embedding(nn.Module):
-    """Noise label and condition -> one vector per sample, float32, (B, width).
+    """Noise label and condition -> one vector per sample, float32 at least, (B, width).
 
     e = silu(W_2 silu(W_1 noise(c_noise * noise_scale) + label + vector))
 
@@ -159,12 +159,12 @@ class Embedding(nn.Module):
         label, vector = self.split(cond)
         batch = c_noise.shape[0]
         with torch.autocast(c_noise.device.type, enabled=False):
-            h = _linear32(self.first, self.noise(c_noise.float() * self.noise_scale))
+            h = _linear(self.first, self.noise(_wide(c_noise) * self.noise_scale))
             if self.label is not None:
                 h = h + self.label(label, batch)
             if self.vector is not None:
                 h = h + self.vector(vector, batch)
-            return F.silu(_linear32(self.second, F.silu(h)))
+            return F.silu(_linear(self.second, F.silu(h)))
 
     def split(self, cond: Cond) -> tuple[Tensor | None, Tensor | None]:
         """(labels, vectors) of a condition, either None.
@@ -179,9 +179,9 @@ class Embedding(nn.Module):
         if isinstance(cond, Tensor):
             if len(known) != 1:
                 raise ArgumentError(
-                    "a condition was given to a network built without one: set num_classes or cond_dim, or pass cond=None"
-                    if not known
-                    else "this network takes a label and a vector: pass cond as a dict with keys 'label' and 'vector'"
+                    "this network takes a label and a vector: pass cond as a dict with keys 'label' and 'vector'"
+                    if known
+                    else "this network was built without a condition: pass cond=None, or set num_classes or cond_dim"
                 )
             cond = {known[0]: cond}
         unknown = [name for name in cond if name not in known]
@@ -190,6 +190,12 @@ class Embedding(nn.Module):
         return cond.get("label"), cond.get("vector")
 
 
-def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in float32, also where its weights have been cast to a narrower type."""
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32 at least, also where its weights have been cast to a narrower type."""
+    weight = _wide(layer.weight)
+    return F.linear(x.to(weight.dtype), weight, _wide(layer.bias))

@@ -40,7 +40,7 @@ class ResidualLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual SiLU perceptron: `net(x, c_noise, cond) -> (B, *event)`, exactly 0 before training.
+    """Residual SiLU perceptron: `net(x, c_noise, cond) -> (B, *event)` in the type of x, exactly 0 before training.
 
     Args:
         shape: event shape, or the number of features.
@@ -87,10 +87,10 @@ class MLP(nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ArgumentError(f"x has shape {tuple(x.shape)}: this MLP was built for (B, {_list(self.shape)})")
         e = self.embedding(c_noise, cond).to(self.first.weight.dtype)
-        h = self.first(x.flatten(1))
+        h = self.first(x.flatten(1).to(self.first.weight.dtype))
         for layer in self.layers:
             h = layer(h, e)
-        return self.last(F.silu(self.norm(h))).reshape(x.shape)
+        return self.last(F.silu(self.norm(h))).reshape(x.shape).to(x.dtype)
 
 
 def _list(shape: tuple[int, ...]) -> str:

@@ -2,13 +2,10 @@
 
 On a CPU most of a U-Net's time outside its convolutions goes into reading and writing activations for these. Torch's
 own group norm is slow where channels come last in memory, as the convolutions want them; here the statistics are two
-sums over pixels, all that happens per channel is folded in one multiply-add, and two tensors that are to be
-concatenated are normalised straight into their places in the result.
+sums over pixels, and all that happens per channel is folded in one multiply-add.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,43 +14,36 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 # Partial sums that a narrow type is given before a wider one takes over: each is accumulated in float32 and rounded
-# to 8 bits by bfloat16, so that the sum of 16 is good to some 2e-4 of their size.
+# to 8 bits by bfloat16, so that the sum of 16 is good to some 3e-4 of their size.
 _PARTIAL = 16
 
 
 def norm_act(
-    parts: Sequence[Float[Tensor, "b _ h w"]],
+    x: Float[Tensor, "b c h w"],
     gain: Float[Tensor, "#b c"],
     bias: Float[Tensor, "#b c"],
     group: int,
     eps: float,
     silu: bool = True,
 ) -> Float[Tensor, "b c h w"]:
-    """f(gain * norm(cat(parts)) + bias), f = SiLU or the identity (Wu and He 2018 for the norm).
+    """f(gain * norm(x) + bias), f = SiLU or the identity (Wu and He 2018 for the norm).
 
     Mean and variance are those of each sample's groups of `group` neighbouring channels.
 
     Args:
-        parts: tensors to concatenate along the channels, c in all.
         gain, bias: per channel, and per sample if the noise level modulates them; float32 or wider.
         group: channels per group, a divisor of c.
         eps: added to the variance.
         silu: apply SiLU.
     """
-    batch, channels = parts[0].shape[0], sum(p.shape[1] for p in parts)
-    gain, bias = gain.expand(batch, channels), bias.expand(batch, channels)
-    if len(parts) > 1 and any(p.shape[1] % group for p in parts):
-        parts = [torch.cat(list(parts), dim=1)]
-    if _plain_autograd_only(parts[0]):
-        return _Fused.apply(gain, bias, group, eps, silu, *parts)  # pyright: ignore[reportReturnType]
-    return compose(parts, gain, bias, group, eps, silu)
+    gain, bias = gain.expand(x.shape[:2]), bias.expand(x.shape[:2])
+    if _plain_autograd_only(x):
+        return _Fused.apply(x, gain, bias, group, eps, silu)  # pyright: ignore[reportReturnType]
+    return compose(x, gain, bias, group, eps, silu)
 
 
-def compose(
-    parts: Sequence[Tensor], gain: Tensor, bias: Tensor, group: int, eps: float, silu: bool
-) -> Float[Tensor, "b c h w"]:
+def compose(x: Tensor, gain: Tensor, bias: Tensor, group: int, eps: float, silu: bool) -> Float[Tensor, "b c h w"]:
     """The same by torch's operations, one after the other: for GPUs, compilers, and derivatives of derivatives."""
-    x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
     hat = F.group_norm(x, x.shape[1] // group, eps=eps)
     y = hat * gain[:, :, None, None].to(x.dtype) + bias[:, :, None, None].to(x.dtype)
     return F.silu(y) if silu else y
@@ -74,6 +64,11 @@ def _rows(x: Tensor) -> Float[Tensor, "b p c"]:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def _image(rows: Float[Tensor, "b p c"], like: Tensor) -> Tensor:
+    """The inverse of `_rows`."""
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
 def _pixel_sum(x: Float[Tensor, "b p c"], wide: torch.dtype) -> Float[Tensor, "b c"]:
     """Sum over pixels, a narrow type in parts, then in `wide`."""
     if x.dtype == wide:
@@ -92,78 +87,42 @@ class _Fused(torch.autograd.Function):
     """`norm_act` for memory with channels last."""
 
     @staticmethod
-    def forward(ctx, gain, bias, group, eps, silu, *parts):
-        channels, offset, saved = gain.shape[1], 0, []
-        out = parts[0].new_empty(len(gain), *parts[0].shape[2:], channels).permute(0, 3, 1, 2)
+    def forward(ctx, x, gain, bias, group, eps, silu):
         with torch.autocast("cpu", enabled=False):
-            for part in parts:
-                own = slice(offset, offset + part.shape[1])
-                saved += _forward_part(part, gain[:, own], bias[:, own], group, eps, silu, out[:, own])
-                offset = own.stop
-        ctx.save_for_backward(gain, bias, *parts, *saved)
-        ctx.group, ctx.eps, ctx.silu = group, eps, silu
-        return out
+            rows, wide = _rows(x), gain.dtype
+            mean = _over_group(_pixel_sum(rows, wide), group) / rows.shape[1]
+            square = _over_group(_pixel_sum(rows * rows, wide), group) / rows.shape[1]
+            # The difference of two rounded numbers can fall below 0 where a group is constant.
+            inverse = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+            a = gain * inverse
+            u = torch.addcmul((bias - mean * a)[:, None].to(x.dtype), rows, a[:, None].to(x.dtype))
+            y = F.silu(u) if silu else u
+        ctx.save_for_backward(x, gain, bias, mean, inverse, u if silu else None)
+        ctx.options = group, eps, silu
+        return _image(y, x)
 
     @staticmethod
     def backward(ctx, grad):
-        gain, bias, *rest = ctx.saved_tensors
-        parts = rest[: len(rest) // 4]
+        """With u = gain hat(x) + bias, s = dL/du, N the size of a group, sums over the group:
+
+        dL/dx = (gain s - sum(gain s)/N - hat(x) sum(gain s hat(x))/N) / std.
+        """
+        x, gain, bias, mean, inverse, u = ctx.saved_tensors
+        group, _, silu = ctx.options
         if torch.is_grad_enabled():  # create_graph: this derivative will be differentiated
-            return _derivative_with_graph(ctx, gain, bias, parts, grad)
-        d_parts, d_gain, d_bias, offset = [], [], [], 0
+            wanted = [v for v, need in zip((x, gain, bias), ctx.needs_input_grad) if need]
+            y = compose(x, gain, bias, *ctx.options)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *[next(found) if need else None for need in ctx.needs_input_grad[:3]], None, None, None
         with torch.autocast("cpu", enabled=False):
-            for i, part in enumerate(parts):
-                own = slice(offset, offset + part.shape[1])
-                saved = rest[len(parts) + 3 * i : len(parts) + 3 * (i + 1)]
-                derivatives = _backward_part(grad[:, own], part, gain[:, own], ctx.group, ctx.silu, saved)
-                for found, value in zip((d_parts, d_gain, d_bias), derivatives):
-                    found.append(value)
-                offset = own.stop
-            return torch.cat(d_gain, 1), torch.cat(d_bias, 1), None, None, None, *d_parts
-
-
-def _derivative_with_graph(ctx, gain, bias, parts, grad):
-    needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:]]
-    wanted = [v for v, need in zip((gain, bias, *parts), needs) if need]
-    y = compose(parts, gain, bias, ctx.group, ctx.eps, ctx.silu)
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    d = [next(found) if need else None for need in needs]
-    return d[0], d[1], None, None, None, *d[2:]
-
-
-def _forward_part(x, gain, bias, group, eps, silu, out):
-    """Fill `out` (B, C, H, W). Returns mean and 1 / std of each channel's group, (B, C), and what SiLU was given."""
-    rows, wide = _rows(x), gain.dtype
-    pixels = rows.shape[1]
-    mean = _over_group(_pixel_sum(rows, wide), group) / pixels
-    square = _over_group(_pixel_sum(rows * rows, wide), group) / pixels
-    # The difference of two rounded numbers can fall below 0 where a group is constant.
-    inverse = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
-    a = gain * inverse
-    d = (bias - mean * a)[:, None].to(x.dtype)
-    target = out.permute(0, 2, 3, 1).flatten(1, 2)
-    if not silu:
-        torch.addcmul(d, rows, a[:, None].to(x.dtype), out=target)
-        return mean, inverse, x.new_empty(0)
-    u = torch.addcmul(d, rows, a[:, None].to(x.dtype))
-    torch.ops.aten.silu.out(u, out=target)
-    return mean, inverse, u
-
-
-def _backward_part(grad, x, gain, group, silu, saved):
-    """d x (B, C, H, W), d gain and d bias (B, C).
-
-    With u = gain hat(x) + bias, s = dL/du, N the size of a group, sums over the group:
-    dL/dx = (gain s - sum(gain s)/N - hat(x) sum(gain s hat(x))/N) / std.
-    """
-    (mean, inverse, u), rows, s = saved, _rows(x), _rows(grad)
-    if silu:
-        s = torch.ops.aten.silu_backward(s, u)
-    d_bias = _pixel_sum(s, gain.dtype)
-    d_gain = (_pixel_sum(s * rows, gain.dtype) - mean * d_bias) * inverse
-    level = _over_group(gain * d_bias, group) / rows.shape[1]
-    slope = _over_group(gain * d_gain, group) / rows.shape[1] * inverse * inverse
-    constant = (mean * slope - inverse * level)[:, None].to(x.dtype)
-    d_x = torch.addcmul(constant, rows, -slope[:, None].to(x.dtype))
-    torch.addcmul(d_x, s, (gain * inverse)[:, None].to(x.dtype), out=d_x)
-    return d_x.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), d_gain, d_bias
+            rows, s = _rows(x), _rows(grad)
+            if silu:
+                s = torch.ops.aten.silu_backward(s, u)
+            d_bias = _pixel_sum(s, gain.dtype)
+            d_gain = (_pixel_sum(s * rows, gain.dtype) - mean * d_bias) * inverse
+            level = _over_group(gain * d_bias, group) / rows.shape[1]
+            slope = _over_group(gain * d_gain, group) / rows.shape[1] * inverse * inverse
+            constant = (mean * slope - inverse * level)[:, None].to(x.dtype)
+            d_x = torch.addcmul(constant, rows, -slope[:, None].to(x.dtype))
+            torch.addcmul(d_x, s, (gain * inverse)[:, None].to(x.dtype), out=d_x)
+        return _image(d_x, x), d_gain, d_bias, None, None, None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.nets.blocks import (
-    SQRT_HALF,
     Attention,
     Double,
     Halve,
@@ -23,11 +24,14 @@ from undiffuse.nets.blocks import (
 from undiffuse.nets.embedding import Cond, Embedding
 from undiffuse.nets.mlp import event_shape
 
+Resizer = Callable[[int, Halve | Double], nn.Module]
+
 MODULATIONS = {"scale-shift": True, "shift": False}
 
 
 class UNet(nn.Module):
-    """Convolutional U-Net: `net(x, c_noise, cond) -> (B, C, H, W)`, exactly 0 before training.
+    """Convolutional U-Net: `net(x, c_noise, cond) -> (B, C, H, W)` in the type of x, exactly 0 before
+    training.
 
     Level i works at resolution (H, W) / 2^i with `width * multipliers[i]` channels. On the way down each level has
     `blocks` residual blocks, on the way up `blocks + 1`, each of which is given one stored activation of the way
@@ -100,18 +104,20 @@ class UNet(nn.Module):
             raise ArgumentError(f"event shape {list(self.shape)}: a U-Net takes [channels, height, width]")
         if not multipliers or min(width, blocks, *multipliers) < 1 or not 0 <= dropout < 1:
             raise ArgumentError(
-                f"width={width}, multipliers={list(multipliers)}, blocks={blocks}, dropout={dropout}: expected positive "
-                f"integers and a probability"
+                f"width={width}, multipliers={list(multipliers)}, blocks={blocks}, dropout={dropout}: expected "
+                f"positive integers, at least one multiplier, and a dropout in [0, 1)"
             )
         self.levels = len(multipliers)
         self._check_size(self.shape[1], self.shape[2])
         choose(modulation, MODULATIONS, "modulation")
-        heights = [self.shape[1] >> i for i in range(self.levels)]
-        absent = [r for r in attention if r not in heights]
-        if absent:
-            raise ArgumentError(f"attention at resolution {absent[0]}: this network's resolutions are {heights}")
-
         channels, e = self.shape[0], embedding_width or 4 * width
+        self._rescale = math.sqrt(0.5) if skip_rescale else 1.0
+        self._block = {"embedding": e, "modulation": modulation, "dropout": dropout, "rescale": self._rescale}
+        self._head_width = head_width
+        resize = choose(resample, {"block": self._by_block, "conv": self._by_conv, "pool": self._by_pool}, "resample")
+        levels = list(zip([width * m for m in multipliers], self._attends(attention)))
+        bottom = levels[-1][0]
+
         self.embedding = Embedding(
             e,
             noise=embedding,
@@ -120,48 +126,59 @@ class UNet(nn.Module):
             noise_scale=noise_scale,
             features=noise_features,
         )
-        self._rescale = SQRT_HALF if skip_rescale else 1.0
-        self._block = {"embedding": e, "modulation": modulation, "dropout": dropout, "rescale": self._rescale}
-        self._head_width = head_width
-        resize = choose(resample, {"block": self._by_block, "conv": self._by_conv, "pool": self._by_pool}, "resample")
-
-        widths = [width * m for m in multipliers]
         self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, stored, now = nn.ModuleList(), [width], width
-        for i, wide in enumerate(widths):
+        self.down, stored = self._way_down(width, levels, blocks, resize)
+        self.middle = nn.ModuleList([self._stage(bottom, bottom, attend) for attend in (middle_attention, False)])
+        self.up = self._way_up(levels, stored, blocks, resize)
+        self.norm = NormAct(levels[0][0])
+        self.last = zero(nn.Conv2d(levels[0][0], out_channels or channels, 3, padding=1))
+
+    def _attends(self, attention: Sequence[int]) -> list[bool]:
+        """Whether each level has attention."""
+        heights = [self.shape[1] >> i for i in range(self.levels)]
+        absent = [r for r in attention if r not in heights]
+        if absent:
+            raise ArgumentError(f"attention at resolution {absent[0]}: this network's resolutions are {heights}")
+        return [h in attention for h in heights]
+
+    def _way_down(self, now: int, levels: Sequence[tuple[int, bool]], blocks: int, resize: Resizer):
+        """The stages from the first level to the last, and the channels of every activation to be stored."""
+        stages, stored = nn.ModuleList(), [now]
+        for i, (wide, attend) in enumerate(levels):
             if i:
-                self.down.append(resize(now, Halve()))
+                stages.append(resize(now, Halve()))
                 stored.append(now)
             for _ in range(blocks):
-                self.down.append(self._stage(now, wide, heights[i] in attention))
-                now = wide
-                stored.append(now)
-        self.middle = nn.ModuleList([self._stage(now, now, middle_attention), self._stage(now, now, False)])
-        self.up = nn.ModuleList()
-        for i, wide in reversed(list(enumerate(widths))):
+                stages.append(self._stage(now, wide, attend))
+                stored.append(now := wide)
+        return stages, stored
+
+    def _way_up(
+        self, levels: Sequence[tuple[int, bool]], stored: list[int], blocks: int, resize: Resizer
+    ) -> nn.ModuleList:
+        """Per level, from the last to the first, its stages and the change to the next resolution."""
+        up, stored, now = nn.ModuleList(), list(stored), levels[-1][0]
+        for i, (wide, attend) in reversed(list(enumerate(levels))):
             steps = nn.ModuleList()
             for _ in range(blocks + 1):
-                steps.append(self._stage(now + stored.pop(), wide, heights[i] in attention))
+                steps.append(self._stage(now + stored.pop(), wide, attend))
                 now = wide
             if i:
                 steps.append(resize(now, Double()))
-            self.up.append(steps)
-        self.norm = NormAct(now)
-        self.last = zero(nn.Conv2d(now, out_channels or channels, 3, padding=1))
+            up.append(steps)
+        return up
 
     def _stage(self, width_in: int, width_out: int, attend: bool) -> Stage:
         block = ResidualBlock(width_in, width_out, resample=Same(), **self._block)
         return Stage(block, Attention(width_out, self._head_width, self._rescale) if attend else None)
 
-    def _by_block(self, channels: int, resample: nn.Module) -> nn.Module:
+    def _by_block(self, channels: int, resample: Halve | Double) -> nn.Module:
         return ResidualBlock(channels, channels, resample=resample, **self._block)
 
-    def _by_conv(self, channels: int, resample: nn.Module) -> nn.Module:
-        if isinstance(resample, Halve):
-            return Resize(Same(), nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-        return Resize(resample, nn.Conv2d(channels, channels, 3, padding=1))
+    def _by_conv(self, channels: int, resample: Halve | Double) -> nn.Module:
+        return resample.learned(channels)
 
-    def _by_pool(self, channels: int, resample: nn.Module) -> nn.Module:
+    def _by_pool(self, channels: int, resample: Halve | Double) -> nn.Module:
         return Resize(resample, None)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -181,15 +198,18 @@ class UNet(nn.Module):
         if x.shape[1] != self.shape[0]:
             raise ArgumentError(f"x has {x.shape[1]} channels: this U-Net was built for {self.shape[0]}")
         self._check_size(x.shape[2], x.shape[3])
-        e = self.embedding(c_noise, cond).to(self.first.weight.dtype)
-        h = self.first(x)
+        dtype = self.first.weight.dtype
+        e, h = self.embedding(c_noise, cond).to(dtype), x.to(dtype)
+        if x.device.type == "cpu":  # torch's convolutions are fastest so, whatever the weights' layout
+            h = h.contiguous(memory_format=torch.channels_last)
+        h = self.first(h)
         stored = [h]
         for stage in self.down:
-            h = stage([h], e)
+            h = stage(h, e)
             stored.append(h)
         for stage in self.middle:
-            h = stage([h], e)
+            h = stage(h, e)
         for steps in self.up:
-            for stage in steps:
-                h = stage([h, stored.pop()] if isinstance(stage, Stage) else [h], e)
-        return self.last(self.norm([h]))
+            for stage in steps.children():
+                h = stage(torch.cat([h, stored.pop()], dim=1) if stage.takes_stored else h, e)
+        return self.last(self.norm(h)).to(x.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -102,3 +103,11 @@ class Sampler:
             if on_batch is not None:
                 on_batch(min(start + self.batch, len(seeds)))
         return torch.cat(parts)
+
+
+def write_arrays(file: IO[bytes], x: Tensor, seeds: np.ndarray, labels: Tensor | None) -> None:
+    """Samples (float32), their seeds and labels (int64, where there are some) as an .npz."""
+    arrays: dict[str, Any] = {"samples": x.numpy().astype(np.float32), "seeds": seeds.astype(np.int64)}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    np.savez(file, **arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from undiffuse.core.errors import RecipeError, RunError
 from undiffuse.data import Loader
 from undiffuse.recipes.devices import pick_device
-from undiffuse.recipes.generate import Sampler
+from undiffuse.recipes.generate import Sampler, write_arrays
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
 from undiffuse.recipes.run import Run, new_run_folder
@@ -142,8 +143,9 @@ def _write_recipe(recipe: Recipe, folder: Path) -> None:
 def save_samples(run: Run, step: int, sampler: Sampler) -> None:
     """The recipe's `sampling.n` samples as `samples/step-NNNNNNN.npz`."""
     seeds = range(run.recipe.settings.sampling.n)
-    labels = sampler.labels(seeds)
     folder = run.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    arrays: dict[str, Any] = {"samples": sampler(seeds).numpy(), "seeds": np.asarray(seeds)}
-    np.savez(folder / f"step-{step:07d}.npz", **arrays | ({} if labels is None else {"labels": labels.numpy()}))
+    buffer = io.BytesIO()
+    write_arrays(buffer, sampler(seeds), np.asarray(seeds), sampler.labels(seeds))
+    with disk_errors(str(folder), "The checkpoints are intact"):
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / f"step-{step:07d}.npz", buffer.getvalue())

@@ -16,6 +16,7 @@ from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
 from undiffuse.training import Checkpoint, TrainResult, list_checkpoints, load_checkpoint, rebuild
+from undiffuse.training.state import restore_module
 
 RUNS = Path("runs")
 _STAMPED = re.compile(r"(?P<name>.+)-(?P<stamp>\d{8}-\d{6})(?:-(?P<count>\d+))?")
@@ -144,7 +145,7 @@ class Run:
         if self.recipe.settings.facts is None:
             raise RunError(f"{self.folder / 'recipe.yaml'} has no facts: it was not written by training")
         model = self.recipe.model()
-        model.load_state_dict(self._weights(saved, name))
+        restore_module(model, self._weights(saved, name), saved.folder)
         return model.to(place).eval().requires_grad_(False)
 
     def _weights(self, saved: Checkpoint, name: str) -> dict[str, torch.Tensor]:
