@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
+
 from fields import test_denoiser, test_prediction
 from objectives import test_denoising
 from paths import test_paths
-
 from undiffuse.fields import prediction
 from undiffuse.objectives import weights
 from undiffuse.paths import VP, Cosine, Karras, Linear, SubVP, Trig

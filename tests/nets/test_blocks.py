@@ -46,8 +46,8 @@ def test_attention_does_not_know_where_pixels_are():
 
 
 def test_attention_refuses_heads_that_do_not_divide():
-    with pytest.raises(ArgumentError, match="head_width=4"):
-        Attention(10, 4, 1.0)
+    with pytest.raises(ArgumentError, match="head_width=3"):
+        Attention(10, 3, 1.0)
 
 
 def test_halving_undoes_doubling_and_keeps_the_mean():

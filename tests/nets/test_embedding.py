@@ -92,14 +92,14 @@ def test_label_and_vector_together():
 @pytest.mark.parametrize(
     ("make", "cond", "message"),
     [
-        (dict(num_classes=4), torch.tensor([0, 4]), r"from 0 to 4: this network knows 0 \.\.\. 3.*num_classes=5"),
-        (dict(num_classes=4), torch.tensor([-2, 1]), "from -2 to 1"),
-        (dict(num_classes=4), torch.tensor([0.0, 1.0]), r"expected \(2,\) integers"),
-        (dict(num_classes=4), torch.tensor([0, 1, 2]), r"expected \(2,\) integers"),
-        (dict(cond_dim=3), torch.zeros(2, 4), r"expected \(2, 3\) floats"),
-        (dict(cond_dim=3), torch.zeros(2, 3, dtype=torch.int64), r"expected \(2, 3\) floats"),
-        (dict(), torch.tensor([0, 1]), "built without a condition"),
-        (dict(num_classes=4), {"lable": torch.tensor([0, 1])}, "has the key 'lable'"),
+        ({"num_classes": 4}, torch.tensor([0, 4]), r"from 0 to 4: this network knows 0 \.\.\. 3.*num_classes=5"),
+        ({"num_classes": 4}, torch.tensor([-2, 1]), "from -2 to 1"),
+        ({"num_classes": 4}, torch.tensor([0.0, 1.0]), r"expected \(2,\) integers"),
+        ({"num_classes": 4}, torch.tensor([0, 1, 2]), r"expected \(2,\) integers"),
+        ({"cond_dim": 3}, torch.zeros(2, 4), r"expected \(2, 3\) floats"),
+        ({"cond_dim": 3}, torch.zeros(2, 3, dtype=torch.int64), r"expected \(2, 3\) floats"),
+        ({}, torch.tensor([0, 1]), "built without a condition"),
+        ({"num_classes": 4}, {"lable": torch.tensor([0, 1])}, "has the key 'lable'"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(make, cond, message):

@@ -18,7 +18,7 @@ def draw(shape=(3, 8, 6, 4), dtype=torch.float64, last=True, offset=0.0, seed=0)
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("group", [1, 2, 8])
-@pytest.mark.parametrize(("last", "shape"), [(True, (3, 8, 6, 4)), (False, (2, 8, 3, 5)), (True, (1, 8, 1, 1))])
+@pytest.mark.parametrize(("last", "shape"), [(True, (3, 8, 6, 4)), (False, (2, 8, 3, 5)), (True, (1, 8, 2, 1))])
 def test_fused_equals_composition(silu, group, last, shape):
     inputs = draw(shape, last=last)
     fused, plain = norm_act(*inputs, group, 1e-5, silu), compose(*inputs, group, 1e-5, silu)
@@ -92,7 +92,7 @@ def test_a_constant_group_gives_the_bias():
     gain, bias = torch.ones(1, 4), torch.tensor([[0.5, -1.0, 2.0, 0.0]])
     for dtype in (torch.float32, torch.bfloat16):
         y = norm_act(x.to(dtype), gain, bias, 2, 1e-5).float()
-        torch.testing.assert_close(y, F.silu(bias)[:, :, None, None].expand(2, 4, 5, 5), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(y, F.silu(bias)[:, :, None, None].expand(2, 4, 5, 5), rtol=0.01, atol=0.01)
 
 
 def test_autocast_does_not_change_what_is_computed_inside():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.nets.norm import norm_act
+from undiffuse.nets.norm import norm_act, transformed
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -132,7 +135,10 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernel.
+    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernels.
+
+    In torch 2.13 the fused ones have no second derivative: for the gradient of a gradient enter
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
 
     Args:
         channels: channels of x.
@@ -156,7 +162,10 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        # The fused kernels have no forward-mode derivative.
+        plain = not torch.compiler.is_compiling() and transformed()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         y = x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)
         return y if self.rescale == 1 else y * self.rescale
 

@@ -67,7 +67,7 @@ class Labels(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(self.table.weight, std=width**-0.5)
+        nn.init.normal_(self.table.weight, std=0.5)  # as large as the noise features behind their first layer
 
     def forward(self, labels: Tensor | None, batch: int) -> Float[Tensor, "b width"]:
         if labels is None:

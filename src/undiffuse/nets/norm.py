@@ -39,6 +39,8 @@ def norm_act(
     gain, bias = gain.expand(x.shape[:2]), bias.expand(x.shape[:2])
     if _plain_autograd_only(x):
         return _Fused.apply(x, gain, bias, group, eps, silu)  # pyright: ignore[reportReturnType]
+    if transformed():  # torch's decompositions of group norm want channels first
+        x = x.contiguous()
     return compose(x, gain, bias, group, eps, silu)
 
 
@@ -49,14 +51,13 @@ def compose(x: Tensor, gain: Tensor, bias: Tensor, group: int, eps: float, silu:
     return F.silu(y) if silu else y
 
 
+def transformed() -> bool:
+    """In forward mode, or under a transform of torch.func: there, only torch's own operations will do."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _plain_autograd_only(x: Tensor) -> bool:
-    """On a CPU, and neither compiled, nor in forward mode, nor under a transform of torch.func."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def _rows(x: Tensor) -> Float[Tensor, "b p c"]:
@@ -89,13 +90,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain, bias, group, eps, silu):
         with torch.autocast("cpu", enabled=False):
-            rows, wide = _rows(x), gain.dtype
-            mean = _over_group(_pixel_sum(rows, wide), group) / rows.shape[1]
-            square = _over_group(_pixel_sum(rows * rows, wide), group) / rows.shape[1]
-            # The difference of two rounded numbers can fall below 0 where a group is constant.
-            inverse = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+            rows, wide, pixels = _rows(x), gain.dtype, x.shape[2] * x.shape[3]
+            mean = _over_group(_pixel_sum(rows, wide), group) / pixels
+            # About the mean, so that a narrow type's rounding is relative to the deviations, not to the mean.
+            near = mean.to(x.dtype)
+            centred = rows - near[:, None]
+            rest = mean - near.to(wide)
+            variance = _over_group(_pixel_sum(centred * centred, wide), group) / pixels - rest * rest
+            inverse = variance.clamp_(min=0).add_(eps).rsqrt_()
             a = gain * inverse
-            u = torch.addcmul((bias - mean * a)[:, None].to(x.dtype), rows, a[:, None].to(x.dtype))
+            d = (bias - rest * a)[:, None].to(x.dtype)
+            u = torch.addcmul(d, centred, a[:, None].to(x.dtype), out=centred)
             y = F.silu(u) if silu else u
         ctx.save_for_backward(x, gain, bias, mean, inverse, u if silu else None)
         ctx.options = group, eps, silu

@@ -80,6 +80,8 @@ class Bound:
         field: the denoiser.
         cond: passed to every call.
         grid: times at which solvers will ask for the scales; others are computed when asked for.
+
+    One `Bound` serves one run: x of one dtype on one device.
     """
 
     def __init__(self, field: Denoiser, cond: Cond = None, grid: Tensor | None = None):
@@ -91,6 +93,7 @@ class Bound:
         self.denoised: Tensor | None = None
         self._scales = self._table(self.path.alpha, self.path.sigma)
         self._rates: dict[float, tuple[float, float]] | None = None
+        self._times: dict[float, Tensor] | None = None
 
     def _table(self, first: Callable, second: Callable) -> dict[float, tuple[float, float]]:
         if self.grid is None:
@@ -100,16 +103,24 @@ class Bound:
     def __call__(self, x: Event, t: Tensor) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self.calls += 1
-        denoised = self.field(x, as_time(t, x), self.cond)
+        denoised = self.field(x, self._time(t, x), self.cond)
         if denoised.shape != x.shape:
             raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
         self.denoised = denoised = denoised.to(x.dtype)
         return denoised
 
+    def _time(self, t: Tensor, x: Tensor) -> Tensor:
+        """t on the device of x: the grid is sent there once, at the first call, not time by time."""
+        if self._times is None:
+            grid = self.grid if self.grid is not None else t.reshape(1)
+            self._times = dict(zip(grid.tolist(), as_time(grid, x).unbind()))
+        found = self._times.get(float(t))
+        return found if found is not None else as_time(t, x)
+
     def score(self, x: Event, t: Tensor) -> Event:
         """`grad log p_t(x)`, for correctors; counted as a call."""
         self.calls += 1
-        return self.field.score(x, as_time(t, x), self.cond).to(x.dtype)
+        return self.field.score(x, self._time(t, x), self.cond).to(x.dtype)
 
     def scales(self, t: Tensor) -> tuple[float, float] | None:
         """(alpha, sigma) where t is on the grid."""

@@ -7,6 +7,7 @@ in b_k only. It starts from the initial weights w_0.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Power:
         return -math.expm1((gamma_of(self.width) + 1.0) * math.log1p(-1.0 / step))
 
 
+@functools.cache
 def gamma_of(width: float) -> float:
     """Exponent of the profile t^gamma on [0, 1] whose standard deviation is `width`.
 
