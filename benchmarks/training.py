@@ -1,11 +1,13 @@
 """Training speed of the U-Net beside its peers': forward, backward and Adam step, in one run.
 
-    python benchmarks/training.py            # 2 threads, [64, 3, 32, 32], about 6 minutes
-    python benchmarks/training.py --quick    # 2 rounds instead of 7
+    python benchmarks/training.py            # 2 threads, [64, 3, 32, 32], some 10 minutes
+    python benchmarks/training.py --quick    # 2 rounds instead of 7; --only and --modes narrow it further
 
 FLOPs are counted by torch at the dispatcher: convolutions and matrix products, twice the multiply-adds. "peak" is the
 best square matrix product of the same type in the same run. The machine's own speed drifts, so every round measures
-the peaks and then one step of each network in each mode, in turn, and medians over rounds are printed.
+the peaks and then one step of each network in each mode, in turn, and medians over rounds are printed. All networks
+run in one process with the same allocator setting (`undiffuse.nets.keep_freed_memory`; --default-allocator without).
+torch's counter leaves out attention on a CPU, for all networks alike. On a CPU ours keeps channels last in any mode.
 Peers that are not installed are left out, with a line that says so (pip install azula diffusers).
 """
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from undiffuse.nets import UNet
+from undiffuse.nets import UNet, keep_freed_memory
 
 Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -51,12 +53,13 @@ def azula() -> tuple[nn.Module, Call]:
     from azula.nn.unet import UNet as Peer
 
     net = Peer(3, 3, hid_channels=(64, 64, 64), hid_blocks=(4, 4, 4), mod_features=128)
-    net.features = nn.Linear(1, 128)
-    return net, lambda net, x, t: net(x, net.features(t[:, None]))
+    features = nn.Linear(1, 128)  # the peer leaves the noise embedding to its user
+    net.add_module("features", features)
+    return net, lambda net, x, t: net(x, net.get_submodule("features")(t[:, None]))
 
 
 def diffusers() -> tuple[nn.Module, Call]:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     net = UNet2DModel(
         sample_size=32,
@@ -93,7 +96,7 @@ class Case:
     def __post_init__(self):
         self.dtype, last = MODES[self.mode]
         self.format = torch.channels_last if last else torch.contiguous_format
-        self.net.to(memory_format=self.format)
+        self.net.to(memory_format=self.format)  # pyright: ignore[reportCallIssue]
         self.adam = torch.optim.Adam(self.net.parameters(), lr=1e-4, fused=True)
 
     def step(self, x: Tensor, t: Tensor, target: Tensor) -> float:
@@ -150,10 +153,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--default-allocator", action="store_true", help="leave the C library's allocator as it is")
     parser.add_argument("--only", nargs="*", default=[], help="networks whose name contains one of these words")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    kept = not options.default_allocator and keep_freed_memory()
     rounds = 2 if options.quick else options.rounds
 
     torch.manual_seed(0)
@@ -172,6 +177,7 @@ def main() -> None:
             found.append(matmul_peak(dtype))
         for case in cases:
             case.seconds.append(case.step(x, t, target))
+    print(f"allocator keeps freed memory: {'yes' if kept else 'no'}")
     report(cases, {dtype: statistics.median(found) for dtype, found in peaks.items()}, options, rounds)
 
 

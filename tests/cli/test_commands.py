@@ -246,14 +246,14 @@ def test_a_signal_makes_a_checkpoint_and_the_same_command_goes_on(process, tmp_p
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
         time.sleep(0.05)
     os.kill(job.pid, number)
-    out, error = job.communicate(timeout=60)
+    out, error = job.communicate(timeout=300)
     assert job.returncode == code, error
     assert "To go on" in out
     assert "Traceback" not in error
     (step,) = ud.load_run(tmp_path / "run").checkpoints()
     assert f"stopped at step {step:,}" in out
     longer = process(*words[:-2], f"training.steps={step + 2}", "--run", "run", "--json")
-    out, error = longer.communicate(timeout=120)
+    out, error = longer.communicate(timeout=600)
     assert longer.returncode == 0, error
     assert json.loads(out)["step"] == step + 2
     assert f"resuming from step {step:,}" in error
@@ -280,7 +280,7 @@ def _passes(parser, name, option):
 def test_two_processes_train_as_one(command, process, tmp_path):
     more = ["training.steps=5", "training.schedule=constant"]
     job = process("train", "gaussians", *TINY, *more, "--json", processes=2)
-    out, error = job.communicate(timeout=240)
+    out, error = job.communicate(timeout=600)
     assert job.returncode == 0, error
     two = ud.load_run(tmp_path / json.loads(out)["run"])  # one folder, agreed on by both
     assert len(list((tmp_path / "runs").iterdir())) == 1
@@ -297,7 +297,7 @@ def test_two_processes_evaluate_as_one(plane_run, command, process, tmp_path):
         shutil.copytree(plane_run.folder, folder)
         words = ["evaluate", folder, "--samples", 60, "--metrics", "frechet", "data.n=200", "--json"]
         job = process(*words, processes=processes)
-        out, error = job.communicate(timeout=240)
+        out, error = job.communicate(timeout=600)
         assert job.returncode == 0, error
         values.append(json.loads(out)["results"][0]["value"])
         assert len((folder / "evaluation.jsonl").read_text().splitlines()) == 1

@@ -112,11 +112,11 @@ def test_bfloat16_autocast_is_close_and_returns_the_type_of_x(knobs):
     narrow.square().mean().backward()
     found = torch.cat([p.grad.flatten() for p in net.parameters()])
     assert narrow.dtype == torch.float32
-    assert (narrow - y).square().mean().sqrt() < 0.02 * y.square().mean().sqrt()
+    assert (narrow - y).square().mean().sqrt() < 0.03 * y.square().mean().sqrt()
     assert nn.functional.cosine_similarity(found, exact, dim=0) > 0.998
     cast = net.to(torch.bfloat16)(x, c, labels)
     assert cast.dtype == torch.float32
-    assert (cast - y).square().mean().sqrt() < 0.03 * y.square().mean().sqrt()
+    assert (cast - y).square().mean().sqrt() < 0.04 * y.square().mean().sqrt()
 
 
 def test_memory_formats_agree():

@@ -73,9 +73,11 @@ def resume_command(run: Run, recipe: str, changes: list[str] | None) -> str:
 
 def train_run(recipe: str, changes: list[str], run: Path | None, device: str, screen: Console) -> Run:
     """Load the recipe, train it with progress, say what was done."""
+    from undiffuse.nets import keep_freed_memory
     from undiffuse.recipes import load_recipe
     from undiffuse.recipes import train as train_recipe
 
+    keep_freed_memory()
     loaded = load_recipe(recipe, changes)
     with screen.progress("reading", "images") as bar:
         done = train_recipe(
