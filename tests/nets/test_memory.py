@@ -27,5 +27,6 @@ def test_freed_memory_is_used_again():
         done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("leave") > 10_000  # 40 MB blocks, 4 kB pages, 15 blocks
-    assert faults("keep") < 1000
+    given_back = faults("leave")
+    assert given_back > 10_000  # 15 blocks of 40 MB in pages of 4 kB; fewer where the kernel gives huge pages
+    assert faults("keep") < given_back / 5  # a block or two may still be placed anew
