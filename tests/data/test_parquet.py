@@ -34,8 +34,13 @@ def test_splits_come_from_the_file_names(make_parquet):
     make_parquet(rows(range(10)), "train-00000-of-00002.parquet")
     make_parquet(rows(range(10, 16)), "train-00001-of-00002.parquet")
     place = make_parquet(rows([20, 21], label=lambda k: 4), "test-00000-of-00001.parquet")
-    assert numbers(every(load(str(place)))[0]) == list(range(16))
-    assert numbers(every(load(str(place), "held-out"))[0]) == [20, 21]
+    x, label = every(load(str(place)))
+    assert numbers(x) == list(range(16))
+    assert label.tolist() == [k % 3 for k in range(16)]
+    x, label = every(load(str(place), "held-out"))
+    assert (numbers(x), label.tolist()) == ([20, 21], [4, 4])
+    x, label = next(load(str(place), streaming=True).batches(16))
+    assert label.tolist() == [k % 3 for k in numbers(x)]
     # The class that only the test split holds counts in both.
     assert load(str(place)).num_classes == load(str(place), "test").num_classes == 5
     with pytest.raises(ArgumentError, match="unknown split 'validation'"):
