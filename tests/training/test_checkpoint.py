@@ -243,7 +243,8 @@ def test_full_disk_leaves_the_old_checkpoint(run, monkeypatch, call):
 
 
 FULL = """
-import resource, sys
+import resource, sys, torch
+torch.set_num_threads(1)
 sys.path.insert(0, {toys!r})
 from training_toys import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
