@@ -37,6 +37,18 @@ def test_attention_is_softmax_of_scaled_products(head_width):
     torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("pixels", [(4, 4), (12, 12)])  # of which one takes the plain kernel, one the fused
+def test_attention_in_bfloat16_is_as_good_as_its_eight_bits(pixels):
+    module = randomise(Attention(16, 8, 1.0))
+    x = torch.randn(2, 16, *pixels, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = module(x)
+    exact = module.double()(x.double())
+    torch.testing.assert_close(low.double(), exact, rtol=0.03, atol=0.03)
+    gradients = [torch.autograd.grad(y.double().square().sum(), x)[0] for y in (low, exact)]
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.1)
+
+
 def test_attention_does_not_know_where_pixels_are():
     module = randomise(Attention(8, 4, 1.0).double())
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

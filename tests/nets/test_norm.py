@@ -108,3 +108,8 @@ def test_the_sum_over_pixels_of_bfloat16_is_accumulated_beyond_its_bits():
     x = torch.ones(1, 4096, 3, dtype=torch.bfloat16)
     x[:, ::4] = 1.25
     assert torch.equal(norm._pixel_sum(x, torch.float32), torch.full((1, 3), 4096 * 1.0625))
+
+
+def test_the_sum_over_pixels_of_float16_does_not_overflow():
+    x = torch.full((1, 4096, 3), 100.0, dtype=torch.float16)
+    assert torch.equal(norm._pixel_sum(x, torch.float32), torch.full((1, 3), 409600.0))

@@ -134,10 +134,15 @@ class ResidualBlock(nn.Module):
         return h if self.rescale == 1 else h * self.rescale
 
 
+def _slow_when_fused(q: Float[Tensor, "b heads tokens d"]) -> bool:
+    """On a CPU in 16 bits, where up to some hundred tokens the fused kernel takes 2 to 6 times as long."""
+    return q.device.type == "cpu" and q.dtype.itemsize < 4 and q.shape[2] <= 64
+
+
 class Attention(nn.Module):
     """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernels.
 
-    In torch 2.13 the fused ones have no second derivative: for the gradient of a gradient enter
+    In torch 2.13 the fused ones have no forward-mode derivative (there, the plain one is used) and no second one: for the gradient of a gradient enter
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
 
     Args:
@@ -162,8 +167,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        # The fused kernels have no forward-mode derivative.
-        plain = not torch.compiler.is_compiling() and transformed()
+        plain = not torch.compiler.is_compiling() and (transformed() or _slow_when_fused(q))
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         y = x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)

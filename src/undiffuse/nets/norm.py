@@ -13,10 +13,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-# Partial sums that a narrow type is given before a wider one takes over: each is accumulated in float32 and rounded
-# to 8 bits by bfloat16, so that the sum of 16 is good to some 3e-4 of their size.
-_PARTIAL = 16
-
 
 def norm_act(
     x: Float[Tensor, "b c h w"],
@@ -71,17 +67,17 @@ def _image(rows: Float[Tensor, "b p c"], like: Tensor) -> Tensor:
 
 
 def _pixel_sum(x: Float[Tensor, "b p c"], wide: torch.dtype) -> Float[Tensor, "b c"]:
-    """Sum over pixels, a narrow type in parts, then in `wide`."""
-    if x.dtype == wide:
-        return x.sum(1)
-    if x.shape[1] % _PARTIAL:
-        return x.sum(1, dtype=wide)
-    return x.unflatten(1, (_PARTIAL, -1)).sum(2).sum(1, dtype=wide)
+    """Sum over pixels: accumulated in float32 at least; bfloat16 is rounded to 8 bits once, at the end.
+
+    (A sum that returns float32 costs a converted copy of x. float16 needs it: its sums overflow.)
+    """
+    return x.sum(1, dtype=wide) if x.dtype == torch.float16 else x.sum(1).to(wide)
 
 
 def _over_group(x: Float[Tensor, "b c"], group: int) -> Float[Tensor, "b c"]:
     """Each channel's value replaced by the mean over its group."""
-    return x.unflatten(1, (-1, group)).mean(2).repeat_interleave(group, dim=1)
+    groups = x.unflatten(1, (-1, group))
+    return groups.mean(2, keepdim=True).expand_as(groups).reshape(x.shape)
 
 
 class _Fused(torch.autograd.Function):
@@ -95,7 +91,8 @@ class _Fused(torch.autograd.Function):
             # About the mean, so that a narrow type's rounding is relative to the deviations, not to the mean.
             near = mean.to(x.dtype)
             centred = rows - near[:, None]
-            rest = mean - near.to(wide)
+            rest = _over_group(_pixel_sum(centred, wide), group) / pixels if x.dtype != wide else 0.0
+            mean = near.to(wide) + rest
             variance = _over_group(_pixel_sum(centred * centred, wide), group) / pixels - rest * rest
             inverse = variance.clamp_(min=0).add_(eps).rsqrt_()
             a = gain * inverse
