@@ -89,6 +89,7 @@ class Model:
             "steps": sampler.steps,
             "grid": self.grid,
             "label": sampler.label,
+            "precision": sampler.precision,
         }
 
     @property

@@ -215,6 +215,7 @@ class Measuring:
             steps=sampler.steps,
             nfe=model.nfe,
             grid=model.grid,
+            precision=sampler.precision,
             seeds=seeds,
             ema=model.ema,
             path=repr(sampler.denoiser.path),

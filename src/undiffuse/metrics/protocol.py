@@ -32,7 +32,7 @@ class Protocol:
         features: "pixels", or the name of what the images were turned into.
         features_hash: of the network that did it; empty for pixels.
         data_range: (low, high) of pixel values; None where the data are no images.
-        solver, steps, nfe, grid, guidance: of sampling; nfe counts network calls per sample.
+        solver, steps, nfe, grid, precision, guidance: of sampling; nfe counts network calls per sample.
         seeds: as written for the command, "0-9999".
         ema, path: which average of the weights, and the path sampled on.
         model, run, step: which model it is.
@@ -53,6 +53,7 @@ class Protocol:
     steps: int | None = None
     nfe: int | None = None
     grid: str | None = None
+    precision: str | None = None
     guidance: float | None = None
     seeds: str | None = None
     ema: str | None = None

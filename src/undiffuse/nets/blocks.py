@@ -142,8 +142,8 @@ def _slow_when_fused(q: Float[Tensor, "b heads tokens d"]) -> bool:
 class Attention(nn.Module):
     """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernels.
 
-    In torch 2.13 the fused ones have no forward-mode derivative (there, the plain one is used) and no second one: for the gradient of a gradient enter
-    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
+    In torch 2.13 the fused ones have no forward-mode derivative (there, the plain one is used) and no second one:
+    for the gradient of a gradient enter `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
 
     Args:
         channels: channels of x.

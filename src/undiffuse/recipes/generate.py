@@ -16,6 +16,7 @@ from undiffuse.fields import Denoiser
 from undiffuse.recipes import build
 from undiffuse.recipes.schema import FactsSection, SamplingSection
 from undiffuse.solvers import GRIDS, sample
+from undiffuse.training.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Sampler:
         grid: a name; None: the solver's own.
         label: class of all samples, -1 for none; None: class `seed mod num_classes`.
         batch: samples at a time; changes a sample by rounding only.
+        precision: of the network's large products, "fp32" or "bf16".
     """
 
     denoiser: Denoiser
@@ -39,6 +41,7 @@ class Sampler:
     grid: str | None = None
     label: int | None = None
     batch: int = 256
+    precision: str = "fp32"
 
     def __post_init__(self):
         if self.grid is not None:
@@ -56,7 +59,7 @@ class Sampler:
     @classmethod
     def of(cls, denoiser: Denoiser, facts: FactsSection, section: SamplingSection, **changes: Any) -> Sampler:
         """As a recipe's `sampling` says, but for `changes`; a change that is None is none."""
-        values = {"solver": section.solver, "steps": section.steps, "grid": section.grid, "batch": section.batch}
+        values = {key: getattr(section, key) for key in ("solver", "steps", "grid", "batch", "precision")}
         return cls(denoiser, facts, **values | {k: v for k, v in changes.items() if v is not None})
 
     @property
@@ -84,14 +87,15 @@ class Sampler:
     def one_batch(self, seeds: Sequence[int], **more: Any) -> Any:
         """One call of `ud.sample` for all the seeds."""
         labels = self.labels(seeds)
-        return sample(
-            self.denoiser,
-            (len(seeds), *self.facts.shape),
-            seed=[int(s) for s in seeds],
-            cond=None if labels is None else labels.to(self.device),
-            **self.options(),
-            **more,
-        )
+        with autocast(self.precision, self.device):
+            return sample(
+                self.denoiser,
+                (len(seeds), *self.facts.shape),
+                seed=[int(s) for s in seeds],
+                cond=None if labels is None else labels.to(self.device),
+                **self.options(),
+                **more,
+            )
 
     def __call__(self, seeds: Sequence[int], on_batch: Callable[[int], Any] | None = None) -> Float[Tensor, "n *event"]:
         """One sample per seed, on the CPU, computed `batch` at a time; `on_batch` is told how many are done."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -67,7 +67,8 @@ class SamplingSection(Section):
     """How samples are drawn from a run, unless the caller says otherwise.
 
     `n` samples are drawn on training's schedule, `batch` at a time. `ema` names an average of the weights
-    ("half-life-500", "power-0.05", or "none"); null is the first that training keeps.
+    ("half-life-500", "power-0.05", or "none"); null is the first that training keeps. `precision` "bf16" runs the
+    network's large products so; the solver keeps fp32.
     """
 
     solver: Choice = _choice("dpmpp-2m")
@@ -76,6 +77,7 @@ class SamplingSection(Section):
     n: Count = 64
     batch: Count = 256
     ema: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class EvaluationSection(Section):

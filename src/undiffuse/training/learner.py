@@ -68,7 +68,7 @@ class Learner:
         streams = Streams.of(hash_key(self.config.seed, "train", k), n, first=first, device=self.world.device)
         given = drop_condition(map_cond(cond, lambda v: v[rows]), self.config.cond_dropout, streams)
         with self.world.silent(self.losses, active=rows.stop < share):
-            with autocast(self.config, self.world.device):
+            with autocast(self.config.precision, self.world.device):
                 losses: Losses = self.losses(x[rows], given, streams)
             if losses.loss.shape != (n,):
                 raise ArgumentError(

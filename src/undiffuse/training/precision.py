@@ -12,9 +12,9 @@ from undiffuse.training.config import TrainConfig
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Where the forward pass runs: weights, gradients and optimiser stay fp32, "bf16" lowers the large products."""
-    dtype = _AUTOCAST[config.precision]
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Where the network runs: weights, gradients and optimiser stay fp32, "bf16" lowers the large products."""
+    dtype = _AUTOCAST[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
