@@ -50,6 +50,20 @@ def test_gradient_is_the_mean_over_the_batch(tmp_path):
     assert record["loss"] == pytest.approx(float(0.5 * x.square().sum(1).mean()), rel=1e-6)
 
 
+def test_each_step_has_its_own_rate(tmp_path):
+    """Under a constant gradient Adam moves a weight by the rate."""
+
+    class Slope:
+        def __call__(self, model, x, cond=None, generator=None):
+            return -1000.0 * model.weight.sum().expand(len(x))
+
+    layer = linear()
+    options = {"lr": 0.4, "warmup": 4, "schedule": "constant", "clip": None}
+    train(tmp_path, model=layer, objective=Slope(), steps=6, **options, **NO_SNAPSHOTS)
+    expected = 0.1 + 0.2 + 0.3 + 3 * 0.4
+    torch.testing.assert_close(layer.weight, torch.full_like(layer.weight, expected), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("micro", [1, 5, 16, 100])
 def test_accumulation_equals_the_full_batch(tmp_path, micro):
     options = {"model": tiny_model(dropout=0.0), **NO_SNAPSHOTS}
