@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from solvers.measuring import F64, SOLVERS, gaussian, mixture, numbers
-from undiffuse.core.errors import ArgumentError
+from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Streams
 from undiffuse.fields import Denoiser, NetworkDenoiser
 from undiffuse.paths import VE, VP, Karras, Linear
-from undiffuse.solvers import EDM, GRIDS, Bound, SamplingError, Solver, integrate, make_grid, sample
+from undiffuse.solvers import EDM, GRIDS, Bound, Solver, integrate, make_grid, sample
 from worlds import PATHS
 
 

@@ -52,6 +52,12 @@ class TrainingError(UndiffuseError):
     exit_code = 5
 
 
+class SamplingError(UndiffuseError, ArithmeticError):
+    """A sample became infinite or NaN; names the first step where it did."""
+
+    exit_code = 5
+
+
 class MissingExtraError(UndiffuseError, ImportError):
     """An optional dependency is absent; names the extra that brings it."""
 

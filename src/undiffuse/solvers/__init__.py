@@ -6,7 +6,6 @@ from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.integrate import (
     SOLVERS,
     Sample,
-    SamplingError,
     Step,
     get_solver,
     integrate,
@@ -26,7 +25,6 @@ __all__ = [
     "Euler",
     "Heun",
     "Sample",
-    "SamplingError",
     "Solver",
     "Step",
     "check_grid",

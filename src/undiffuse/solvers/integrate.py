@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core.errors import ArgumentError, UndiffuseError, choose
+from undiffuse.core.errors import ArgumentError, SamplingError, choose
 from undiffuse.core.random import Streams, fresh_seed
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
@@ -30,12 +30,6 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "euler": Euler,
     "heun": Heun,
 }
-
-
-class SamplingError(UndiffuseError, ArithmeticError):
-    """A sample became infinite or NaN; names the first step where it did."""
-
-    exit_code = 5
 
 
 @runtime_checkable
