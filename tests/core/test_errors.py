@@ -37,6 +37,7 @@ def test_every_error_is_ours_and_tells_the_command_how_to_exit():
         "RunError": 4,
         "CheckpointError": 4,
         "TrainingError": 5,
+        "SamplingError": 5,
         "MissingExtraError": 6,
     }
 
