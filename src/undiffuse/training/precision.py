@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from undiffuse.core.errors import choose
 from undiffuse.training.config import TrainConfig
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -14,7 +15,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Where the network runs: weights, gradients and optimiser stay fp32, "bf16" lowers the large products."""
-    dtype = _AUTOCAST[precision]
+    dtype = choose(precision, _AUTOCAST, "precision")
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
