@@ -1,0 +1,201 @@
+"""Derivatives of maps `f: (B, *event) -> (B, *event)` that act on each sample alone: products with their Jacobian,
+their divergence, and random directions to estimate it with.
+
+Everything here can be differentiated again, towards the parameters inside `f`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from undiffuse.core import random
+from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.random import Generator
+
+Event = Float[Tensor, "b *event"]
+Map = Callable[[Tensor], Tensor]
+Mode = Literal["auto", "forward", "reverse"]
+
+
+def gradient(f: Callable[[Tensor], Tensor], x: Event) -> tuple[Float[Tensor, " b"], Event]:
+    """`(f(x), grad f(x))` of a function with one number per sample; keeps the graph where gradients are enabled.
+
+    Raises:
+        ArgumentError: f returned another shape than (B,).
+    """
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = _leaf(x)
+        value = f(x)
+        if value.shape != x.shape[:1]:
+            raise ArgumentError(
+                f"the energy returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: expected one number "
+                f"per sample, ({x.shape[0]},)"
+            )
+        # Some backward formulas have a forward rule only where they are recorded themselves.
+        recorded = keep or forward_ad.unpack_dual(x).tangent is not None
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=recorded)
+    return (value if keep else value.detach()), slope
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """x as a tensor that gradients reach, with the tangent that it carries: `detach` would drop that."""
+    if x.requires_grad:
+        return x
+    primal, tangent = forward_ad.unpack_dual(x)
+    leaf = primal.detach().requires_grad_()
+    return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
+
+
+def jvp(f: Map, x: Event, v: Event, mode: Mode = "auto") -> tuple[Event, Event]:
+    """`(f(x), J v)`, J the Jacobian of f at x.
+
+    Args:
+        mode: "forward" takes about one more evaluation of f; "reverse" two backward passes, for operations without a
+            forward rule; "auto" is forward, and reverse where torch has no such rule.
+
+    Raises:
+        NotImplementedError: mode is "forward" and an operation inside f has no forward rule.
+    """
+    if choose(mode, _MODES, "differentiation mode") != "reverse":
+        try:
+            with forward_ad.dual_level():
+                value, tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
+            return value, torch.zeros_like(value) if tangent is None else tangent
+        except (NotImplementedError, RuntimeError) as error:
+            if mode == "forward" or not _no_forward_rule(error):
+                raise
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = _leaf(x)
+        value = f(x)
+        if not value.requires_grad:
+            return value, torch.zeros_like(value)
+        # J v is the derivative of u^T J towards u, at any u (Townsend's trick).
+        u = torch.zeros_like(value).requires_grad_()
+        (pulled,) = torch.autograd.grad(value, x, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, u, v, create_graph=keep, retain_graph=keep)
+    return (value, pushed) if keep else (value.detach(), pushed)
+
+
+_MODES: dict[str, str] = {name: name for name in ("auto", "forward", "reverse")}
+
+
+def _no_forward_rule(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "forward AD" in str(error) or "jvp" in str(error)
+
+
+def quadratic_form(f: Map, x: Event, v: Event, mode: Mode = "auto") -> tuple[Event, Float[Tensor, " b"]]:
+    """`(f(x), v^T J v)` for one direction per sample.
+
+    "reverse" goes back once and keeps the activations of f for it; "forward" keeps none. "auto" is "reverse", which took
+    0.4 to 0.9 of the time of "forward" on two CPU cores, with and without gradients, for networks and energies.
+    """
+    if choose(mode, _MODES, "differentiation mode") == "forward":
+        value, pushed = jvp(f, x, v, "forward")
+        return value, _dot(v, pushed)
+    value, pull = _pullback(f, x)
+    return value, _dot(pull(v), v)
+
+
+def _pullback(f: Map, x: Event) -> tuple[Event, Map]:
+    """f(x), and the function `u -> u^T J`, which can be called many times."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = _leaf(x)
+        value = f(x)
+
+    def pull(u: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        (pulled,) = torch.autograd.grad(value, x, u, create_graph=keep, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(x) if pulled is None else pulled
+
+    return (value if keep else value.detach()), pull
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def divergence(f: Map, x: Event, mode: Mode = "auto") -> tuple[Event, Float[Tensor, " b"]]:
+    """`(f(x), tr J)`, exactly: D products of the Jacobian, D the size of an event.
+
+    Without gradients the memory is that of a few evaluations of f, whatever D. "reverse" evaluates f once and goes
+    back D times; "forward" evaluates f D times with a tangent and keeps no activations. "auto" is "reverse", the
+    faster one wherever measured (see `quadratic_form`).
+    """
+    choose(mode, _MODES, "differentiation mode")
+    size = math.prod(x.shape[1:])
+    if mode == "forward":
+        value, total = x, x.new_zeros(x.shape[0])
+        for i in range(size):
+            value, pushed = jvp(f, x, _unit(x, i), "forward")
+            total = total + pushed.flatten(1)[:, i]
+        return value, total
+    value, pull = _pullback(f, x)
+    total = x.new_zeros(x.shape[0])
+    for i in range(size):
+        total = total + pull(_unit(x, i)).flatten(1)[:, i]
+    return value, total
+
+
+def _unit(x: Tensor, i: int) -> Tensor:
+    unit = torch.zeros_like(x)
+    unit.view(x.shape[0], -1)[:, i] = 1
+    return unit
+
+
+def _rademacher(shape, generator, dtype, device):
+    return random.uniform(shape, generator, dtype=dtype, device=device).sub_(0.5).sign_()
+
+
+def _gaussian(shape, generator, dtype, device):
+    return random.normal(shape, generator, dtype=dtype, device=device)
+
+
+def _sphere(shape, generator, dtype, device):
+    z = random.normal(shape, generator, dtype=dtype, device=device)
+    length = z.flatten(1).norm(dim=1).reshape(-1, *[1] * (z.ndim - 1))
+    return z * (math.sqrt(math.prod(shape[1:])) / length)
+
+
+PROBES: dict[str, Callable[..., Tensor]] = {"rademacher": _rademacher, "gaussian": _gaussian, "sphere": _sphere}
+
+
+def probe(kind: str, shape: Sequence[int], generator: Generator = None, *, dtype=torch.float32, device=None) -> Tensor:
+    """Random directions u of shape (B, *event) with `E[u u^T] = I`: signs, normals, or points of the sphere of
+    radius sqrt(D).
+
+    The variance of `u^T A u` is `2 (|S|^2 - sum_i S_ii^2)` for signs and `2 |S|^2` for normals, S the symmetric part
+    of A; the sphere lies between.
+
+    Raises:
+        ArgumentError: unknown kind; the nearest is offered.
+    """
+    return choose(kind, PROBES, "probe")(tuple(shape), generator, dtype, device)
+
+
+def hutchinson(
+    f: Map, x: Event, *, probes: int = 1, kind: str = "rademacher", generator: Generator = None, mode: Mode = "auto"
+) -> tuple[Event, Float[Tensor, " b"]]:
+    """`(f(x), mean of u^T J u over K probes)`: an unbiased estimate of the divergence (Hutchinson 1989).
+
+    Raises:
+        ArgumentError: fewer than one probe.
+    """
+    if probes < 1:
+        raise ArgumentError(f"probes is {probes}: expected at least 1 random direction")
+    value, total = x, x.new_zeros(x.shape[0])
+    for _ in range(probes):
+        u = probe(kind, x.shape, generator, dtype=x.dtype, device=x.device)
+        value, form = quadratic_form(f, x, u, mode)
+        total = total + form
+    return value, total / probes
