@@ -2,15 +2,39 @@
 
 from undiffuse.fields import prediction
 from undiffuse.fields.denoiser import Denoiser, NetworkDenoiser, OnPath, on_path
+from undiffuse.fields.energy import (
+    DenoiserAt,
+    DenoisingScore,
+    Energy,
+    FunctionEnergy,
+    HasScore,
+    MixtureEnergy,
+    NetworkEnergy,
+    ProductEnergy,
+    ScoreNetwork,
+    TemperedEnergy,
+    log_density_ratio,
+)
 from undiffuse.fields.prediction import PREDICTIONS, Coefficients, Prediction
 
 __all__ = [
     "PREDICTIONS",
     "Coefficients",
     "Denoiser",
+    "DenoiserAt",
+    "DenoisingScore",
+    "Energy",
+    "FunctionEnergy",
+    "HasScore",
+    "MixtureEnergy",
     "NetworkDenoiser",
+    "NetworkEnergy",
     "OnPath",
     "Prediction",
+    "ProductEnergy",
+    "ScoreNetwork",
+    "TemperedEnergy",
+    "log_density_ratio",
     "on_path",
     "prediction",
 ]

@@ -1,6 +1,7 @@
 """How good samples are: distances between sets of samples, each number with its protocol."""
 
 from undiffuse.metrics.classifier import ClassAccuracy, class_accuracy
+from undiffuse.metrics.divergences import F_DIVERGENCES, Estimate, f_divergence, fisher_divergence
 from undiffuse.metrics.evaluate import evaluate
 from undiffuse.metrics.features import Features, as_bytes_rgb, torchscript_features, weights_hash
 from undiffuse.metrics.kernels import KernelDistance, kernel_distance, median_distance, mmd
@@ -26,11 +27,13 @@ from undiffuse.metrics.registry import METRICS, Metric, Sets, metric
 from undiffuse.metrics.sliced import sliced_wasserstein
 
 __all__ = [
+    "F_DIVERGENCES",
     "METRICS",
     "Baselines",
     "ClassAccuracy",
     "Comparison",
     "DensityCoverage",
+    "Estimate",
     "Features",
     "KernelDistance",
     "Metric",
@@ -48,6 +51,8 @@ __all__ = [
     "compare",
     "density_coverage",
     "evaluate",
+    "f_divergence",
+    "fisher_divergence",
     "frechet_between",
     "frechet_distance",
     "kernel_distance",
