@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ class Root:
     def __init__(self, preconditioner: Tensor | None, x: Tensor):
         self.diagonal: Tensor | None = None
         self.matrix: Tensor | None = None
+        self.scale: Tensor | None = None  # per row, over the event
         if preconditioner is None:
             return
         given, size = preconditioner.to(x), math.prod(x.shape[1:])
@@ -45,17 +48,27 @@ class Root:
                 f"({size}, {size})"
             )
 
+    def scaled(self, scale: PerChain, x: Event) -> Root:
+        """`scale_i L` in row i."""
+        other = copy.copy(self)
+        other.scale = over_events(scale, x)
+        return other
+
     def __call__(self, v: Tensor) -> Tensor:
         """`L v`."""
         if self.matrix is not None:
-            return (v.flatten(1) @ self.matrix.T).reshape(v.shape)
-        return v if self.diagonal is None else v * self.diagonal
+            v = (v.flatten(1) @ self.matrix.T).reshape(v.shape)
+        return self._elementwise(v)
 
     def transposed(self, v: Tensor) -> Tensor:
         """`L^T v`."""
         if self.matrix is not None:
-            return (v.flatten(1) @ self.matrix).reshape(v.shape)
-        return v if self.diagonal is None else v * self.diagonal
+            v = (v.flatten(1) @ self.matrix).reshape(v.shape)
+        return self._elementwise(v)
+
+    def _elementwise(self, v: Tensor) -> Tensor:
+        v = v if self.diagonal is None else v * self.diagonal
+        return v if self.scale is None else v * self.scale
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -115,11 +128,11 @@ class Metropolis(Kernel):
     exact: ClassVar[bool] = True
 
     step_size: float
-    preconditioner: Tensor | None = None
+    preconditioner: Tensor | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def trajectory(self) -> tuple[float, int]:
         """Size and number of the leapfrog steps."""
-        raise NotImplementedError
 
     def init(self, target: HasEnergy, x: Event, cond: Cond = None) -> Point:  # type: ignore[override]
         energy, score = target.energy_and_score(x, cond)
