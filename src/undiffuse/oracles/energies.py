@@ -186,7 +186,7 @@ class Funnel(KnownEnergy):
 
 
 class Rosenbrock(KnownEnergy):
-    """The hybrid Rosenbrock density (Pagani, Wiegand and Nadarajah 2022, eq. 3): `blocks` chains that share x_1,
+    """The hybrid Rosenbrock density (Pagani, Wiegand and Nadarajah 2022): `blocks` chains that share x_1,
 
     `E(x) = a (x_1 - mu)^2 + sum_j sum_i b (x_{j,i} - x_{j,i-1}^2)^2`, `i = 2 ... length`, `x_{j,1} = x_1`.
 
