@@ -17,13 +17,11 @@ from torch import Tensor
 from undiffuse.cli.console import Console
 from undiffuse.cli.options import parse_solver, write_seeds
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
-from undiffuse.core.errors import RunError
-from undiffuse.fields import Denoiser
-from undiffuse.paths import Path as NoisePath
+from undiffuse.core.errors import ArgumentError, RunError
+from undiffuse.recipes.chains import EnergySampler, sampler_of
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import Run
 from undiffuse.recipes.schema import FactsSection
-from undiffuse.solvers import sample
 from undiffuse.training import join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -61,7 +59,7 @@ class Model:
     """A trained model ready to sample, and what identifies it."""
 
     run: Run
-    sampler: Sampler
+    sampler: Sampler | EnergySampler
     ema: str
     step: int
     seal: str = field(repr=False)
@@ -69,19 +67,24 @@ class Model:
     @classmethod
     def load(cls, run: Run, how: How, changes: dict[str, Any] | None = None) -> Model:
         """The model of a run; `changes` come between the recipe's `sampling` and the command's options."""
+        settings = run.recipe.settings
+        if how.grid is not None and run.recipe.kind == "energy":
+            raise ArgumentError(f"--grid {how.grid}: {run.folder} is an energy; its chains have no grid of times")
         saved = load_checkpoint(run.folder, how.step)
         ema = run.average(how.ema, saved.step)
-        denoiser = run.denoiser(ema, saved.step, how.device)
-        given = {"solver": parse_solver(how.solver), "steps": how.steps, "grid": how.grid, "batch": how.batch}
+        model = run.model(ema, saved.step, how.device)
+        solver = parse_solver(how.solver, settings)
+        given = {"solver": solver, "steps": how.steps, "grid": how.grid, "batch": how.batch}
         wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
-        sampler = Sampler.of(denoiser, facts_of(run), run.recipe.settings.sampling, label=how.label, **wanted)
+        sampler = sampler_of(model, settings, label=how.label, **wanted)
         seal = hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16]
         return cls(run, sampler, ema, saved.step, seal)
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
         sampler = self.sampler
-        return {
+        started = {"initial": sampler.initial} if isinstance(sampler, EnergySampler) else {}
+        return started | {
             "weights": self.seal,
             "ema": self.ema,
             "step": self.step,
@@ -95,16 +98,12 @@ class Model:
     @property
     def grid(self) -> str:
         """The name of the grid in use."""
-        return self.sampler.grid or f"{self.sampler.solver['name']}'s own"
+        return self.sampler.grid_name
 
     @property
     def nfe(self) -> int:
-        """Network calls per sample, counted on a field that costs nothing."""
-        info: Any = sample(_Nothing(self.sampler.denoiser.path), (1, 1), seed=0, return_info=True, **self._how())
-        return info.nfe
-
-    def _how(self) -> dict[str, Any]:
-        return {**self.sampler.options(), "device": "cpu"}
+        """Network calls per sample."""
+        return self.sampler.nfe
 
     def folder_for(self, seeds: np.ndarray, kind: str) -> Path:
         """A folder in the run that these settings, and no others, lead to."""
@@ -112,16 +111,6 @@ class Model:
         key = hashlib.sha256(json.dumps([self.settings(), text, kind]).encode()).hexdigest()[:8]
         short = text if len(text) <= 24 else f"{len(seeds)}-seeds"
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
-
-
-class _Nothing(Denoiser):
-    """Answers zero."""
-
-    def __init__(self, path: NoisePath):
-        super().__init__(path)
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        return torch.zeros_like(x_t)
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,7 @@ def draw(model: Model, seeds: np.ndarray, folder: Path, kind: str, out: Console)
     return Drawn(new, len(seeds), time.monotonic() - began)
 
 
-def _draw_share(sampler: Sampler, store: Store, parts: Any, share: int, bar: Any) -> int:
+def _draw_share(sampler: Sampler | EnergySampler, store: Store, parts: Any, share: int, bar: Any) -> int:
     """Draw what is missing of one process's shards."""
     new = done = 0
     for index, part in parts:

@@ -218,7 +218,7 @@ class Measuring:
             precision=sampler.precision,
             seeds=seeds,
             ema=model.ema,
-            path=repr(sampler.denoiser.path),
+            path=sampler.origin,
             model=self.run.recipe.name,
             run=self.run.folder.name,
             step=model.step,

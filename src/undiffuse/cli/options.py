@@ -12,6 +12,8 @@ from undiffuse.core.errors import ArgumentError
 if TYPE_CHECKING:
     import numpy as np
 
+    from undiffuse.recipes.schema import Settings
+
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, or a recipe's name for its newest run under runs/.")
 ]
@@ -26,7 +28,8 @@ Ema = Annotated[
 ]
 Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step. Default: the newest.")]
 SolverName = Annotated[
-    str | None, typer.Option(help="Solver, for example heun or edm:S_churn=40. Default: the recipe's.")
+    str | None,
+    typer.Option(help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
@@ -70,15 +73,15 @@ def write_seeds(seeds: np.ndarray) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in parts)
 
 
-def parse_solver(text: str | None) -> dict | None:
-    """`"edm:S_churn=40,S_noise=1.003"` as a recipe's choice of solver.
+def parse_solver(text: str | None, settings: Settings) -> dict | None:
+    """`"edm:S_churn=40,S_noise=1.003"` as a choice of solver for a run of that recipe (of an energy: of kernel).
 
     Raises:
         RecipeError: unknown solver or argument.
     """
     if text is None:
         return None
-    from undiffuse.recipes.build import SOLVERS, resolve
+    from undiffuse.recipes.build import resolve_solver
     from undiffuse.recipes.text import parse_override
 
     name, _, rest = text.partition(":")
@@ -86,4 +89,4 @@ def parse_solver(text: str | None) -> dict | None:
     for part in filter(None, rest.split(",")):
         (key, *_), value = parse_override(part)
         choice[key] = value
-    return resolve(SOLVERS, choice, "solver", "--solver")
+    return resolve_solver(settings, choice, "--solver")

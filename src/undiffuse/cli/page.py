@@ -15,6 +15,7 @@ from undiffuse.cli.measuring import RealData
 from undiffuse.core.errors import ArgumentError, DataError, RecipeError
 from undiffuse.recipes import Recipe, Run, load_recipe
 from undiffuse.recipes.catalogue import recipe_files
+from undiffuse.recipes.generate import spread
 from undiffuse.recipes.text import dump_tree, flatten
 from undiffuse.report import Neighbours, ReportData
 
@@ -44,7 +45,7 @@ def make_page(run: Run, how: How, screen: Console) -> ReportData:
         samples=x,
         labels=model.sampler.labels(seeds),
         class_names=facts.class_names,
-        reference=None if real is None else real.x[_spread(len(real.x), POINTS if not facts.image else UNLABELLED)],
+        reference=None if real is None else real.x[spread(len(real.x), POINTS if not facts.image else UNLABELLED)],
         film=film(model),
         metrics_log=run.metrics(),
         results=latest,
@@ -60,11 +61,6 @@ def _seeds(classes: int | None, points: bool) -> list[int]:
     return list(range(UNLABELLED if classes is None else PER_CLASS * min(classes, MOST_CLASSES)))
 
 
-def _spread(n: int, at_most: int) -> Tensor:
-    """Rows spread evenly over n."""
-    return torch.linspace(0, n - 1, min(n, at_most)).round().long()
-
-
 def _real(run: Run, screen: Console) -> RealData | None:
     """The training data, where they are at hand; a page without them is still a page."""
     try:
@@ -78,15 +74,7 @@ def film(model: Model) -> list[tuple[str, Tensor]]:
     """A few samples on their way: states at times spread over the run, noise first."""
     classes = model.sampler.facts.num_classes
     rows = min(FILM_ROWS, classes or FILM_ROWS)
-    info = model.sampler.one_batch(list(range(rows)), return_info=True)
-    path, n = model.sampler.denoiser.path, len(info.trajectory)
-    frames = []
-    for i in _spread(n, FILM_FRAMES).tolist():
-        t = info.grid[i]
-        alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
-        level = "∞" if alpha == 0 else f"{sigma / alpha:.2g}"
-        frames.append((f"σ/α = {level}", info.trajectory[i].float().cpu()))
-    return frames
+    return model.sampler.film(list(range(rows)), FILM_FRAMES)
 
 
 def _latest(run: Run) -> list[dict[str, Any]]:
@@ -102,7 +90,7 @@ def _facts(run: Run, model: Model) -> dict[str, Any]:
     facts = model.sampler.facts
     speeds = sorted(line["images_per_second"] for line in log if math.isfinite(line.get("images_per_second", math.nan)))
     return {
-        "parameters": sum(p.numel() for p in model.sampler.denoiser.parameters()),
+        "parameters": sum(p.numel() for p in model.sampler.model.parameters()),
         "steps": model.step,
         "seconds": log[-1]["seconds"] if log else None,
         "images_per_second": speeds[len(speeds) // 2] if speeds else None,

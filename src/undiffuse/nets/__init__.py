@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from undiffuse.nets.energy import EnergyConv, EnergyMLP
 from undiffuse.nets.memory import keep_freed_memory
 from undiffuse.nets.mlp import MLP
 from undiffuse.nets.unet import UNet
 
-NETS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
+# What answers with an event, and what answers with one number per sample.
+DENOISING_NETS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
+ENERGY_NETS: dict[str, type[nn.Module]] = {"energy-mlp": EnergyMLP, "energy-conv": EnergyConv}
+NETS: dict[str, type[nn.Module]] = {**DENOISING_NETS, **ENERGY_NETS}
 
-__all__ = ["MLP", "NETS", "UNet", "keep_freed_memory"]
+__all__ = ["DENOISING_NETS", "ENERGY_NETS", "MLP", "NETS", "EnergyConv", "EnergyMLP", "UNet", "keep_freed_memory"]

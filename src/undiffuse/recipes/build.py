@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from undiffuse.core.errors import ArgumentError, RecipeError, choose
+from undiffuse.core.errors import ArgumentError, RecipeError
 from undiffuse.data.load import load
 from undiffuse.fields import PREDICTIONS, NetworkDenoiser
+from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.metrics import METRICS
-from undiffuse.nets import NETS
+from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
 from undiffuse.paths import PATHS, Path, Tabulated
+from undiffuse.recipes import energies
 from undiffuse.recipes.arguments import argument_names, complete
-from undiffuse.recipes.schema import FactsSection, Settings
+from undiffuse.recipes.schema import EnergySection, FactsSection, ObjectiveSection, Settings
+from undiffuse.recipes.tables import known, make, resolve
 from undiffuse.solvers import GRIDS, SOLVERS, Solver
 from undiffuse.training import TrainConfig
-
-T = TypeVar("T")
 
 # Arguments that a network takes from the data.
 FROM_DATA = ("shape", "num_classes", "cond_dim")
@@ -41,55 +42,6 @@ def sigmas(levels: int = 232, smallest: float = 0.01, largest: float = 50.0) -> 
 
 
 ALL_PATHS: dict[str, Callable[..., Path]] = {**PATHS, "tabulated-betas": betas, "tabulated-sigmas": sigmas}
-
-
-def known(table: Mapping[str, T], name: str, what: str, where: str) -> T:
-    """`table[name]`.
-
-    Raises:
-        RecipeError: no such name; says at which key, and offers the nearest.
-    """
-    try:
-        return choose(name, table, what)
-    except ArgumentError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def resolve(
-    table: Mapping[str, Callable],
-    choice: Mapping[str, Any],
-    what: str,
-    where: str,
-    *,
-    shared: Mapping[str, Any] | None = None,
-    later: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """A choice with its name and arguments checked and every default written out.
-
-    Args:
-        shared: values that other sections hold; taken where the choice has such an argument and does not give it.
-        later: arguments that may be missing, because the data will say them.
-    """
-    factory = known(table, choice["name"], what, where)
-    given = {key: value for key, value in choice.items() if key != "name"}
-    names = argument_names(factory)
-    given = {key: value for key, value in (shared or {}).items() if key in names} | given
-    return {"name": choice["name"], **complete(factory, given, where, later=later)}
-
-
-def make(table: Mapping[str, Callable], choice: Mapping[str, Any], what: str, where: str) -> Any:
-    """The object a choice stands for.
-
-    Raises:
-        RecipeError: unknown name or argument, or a value that its constructor refuses.
-    """
-    factory = known(table, choice["name"], what, where)
-    try:
-        return factory(**{key: value for key, value in choice.items() if key != "name"})
-    except RecipeError:
-        raise
-    except ArgumentError as error:
-        raise RecipeError(f"{where}: {error}") from None
 
 
 @cache
@@ -113,35 +65,68 @@ def check(settings: Settings) -> Settings:
     if not isinstance(flip, bool):
         raise RecipeError(f"data.flip = {flip!r}: must be true or false.")
     tree["data"] = {**complete(load, data, "data", left_out=_DATA_OWN), "flip": flip}
-    tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
+    nets = ENERGY_NETS if energies.is_energy(settings) else DENOISING_NETS
+    tree["model"]["net"] = resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",))
+    tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
+    for name in tree["evaluation"]["metrics"]:
+        known(METRICS, name, "metric", "evaluation.metrics")
+    if energies.is_energy(settings):
+        tree = energies.check_energy(tree, settings.sampling.model_fields_set)
+    else:
+        _check_denoiser(tree)
+    checked = Settings.model_validate(tree)
+    for make_one in (objective, train_config):
+        make_one(checked)  # refuses a value out of range
+    if energies.is_energy(checked):
+        energies.kernel(checked.sampling.solver)
+        energies.initial(checked.sampling.initial or {})
+    else:
+        path(checked)
+        solver(checked.sampling.solver)
+    return checked
+
+
+def _check_denoiser(tree: dict[str, Any]) -> None:
+    """The sections of a denoiser's recipe, resolved in place."""
     model = tree["model"]
-    model["net"] = resolve(NETS, model["net"], "network", "model.net", later=("shape",))
+    if tree["path"] is None:
+        raise RecipeError("'path' is required but not given.")
+    if "name" in tree["objective"]:
+        raise RecipeError(
+            f"objective.name = {tree['objective']['name']!r}: a denoiser is trained by denoising (objective.time, "
+            f"objective.weight). For an energy, set model.kind to energy; its objectives: "
+            f"{', '.join(energies.OBJECTIVES)}"
+        )
+    if tree["sampling"].get("initial") is not None:
+        raise RecipeError("sampling.initial: samples of a denoiser start from the path's own law; leave it out")
+    tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
     known(PREDICTIONS, model["prediction"], "prediction", "model.prediction")
     shared = {"sigma_data": model["sigma_data"]}
     for key, table, what in (("time", TIMES, "time distribution"), ("weight", WEIGHTS, "weight")):
         tree["objective"][key] = resolve(table, tree["objective"][key], what, f"objective.{key}", shared=shared)
-    tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
     for name in ("sampling", "evaluation"):
         if tree[name]["solver"] is not None:
             tree[name]["solver"] = resolve(SOLVERS, tree[name]["solver"], "solver", f"{name}.solver")
         if tree[name]["grid"] is not None:
             known(GRIDS, tree[name]["grid"], "grid", f"{name}.grid")
-    for name in tree["evaluation"]["metrics"]:
-        known(METRICS, name, "metric", "evaluation.metrics")
-    checked = Settings.model_validate(tree)
-    for make_one in (path, objective, train_config, lambda one: solver(one.sampling.solver)):
-        make_one(checked)  # refuses a value out of range
-    return checked
 
 
 def path(settings: Settings) -> Path:
-    """The path."""
+    """The path.
+
+    Raises:
+        RecipeError: an energy has none.
+    """
+    if settings.path is None:
+        raise RecipeError(f"recipe '{settings.name}' trains an energy, which has no path")
     return make(ALL_PATHS, settings.path, "path", "path")
 
 
-def objective(settings: Settings) -> Denoising:
+def objective(settings: Settings) -> Any:
     """The objective."""
     choice = settings.objective
+    if not isinstance(choice, ObjectiveSection):
+        return energies.objective(settings)
     return Denoising(
         time=make(TIMES, choice.time, "time distribution", "objective.time"),
         weight=make(WEIGHTS, choice.weight, "weight", "objective.weight"),
@@ -159,6 +144,13 @@ def train_config(settings: Settings) -> TrainConfig:
 def solver(choice: Mapping[str, Any]) -> Solver:
     """A solver."""
     return make(SOLVERS, choice, "solver", "sampling.solver")
+
+
+def resolve_solver(settings: Settings, choice: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A choice of solver (for an energy, of kernel), checked, every default written out."""
+    if energies.is_energy(settings):
+        return energies.resolve_deep(energies.KERNELS, dict(choice), "kernel", where)
+    return resolve(SOLVERS, choice, "solver", where)
 
 
 def data(settings: Settings, split: str, progress: Callable[[int, int], None] | None = None) -> Any:
@@ -201,14 +193,13 @@ def net_arguments(settings: Settings, said: FactsSection) -> dict[str, Any]:
     return choice
 
 
-def model(settings: Settings) -> NetworkDenoiser:
+def model(settings: Settings) -> NetworkDenoiser | NetworkEnergy:
     """The untrained model of settings whose network is filled in. Initial weights: torch's generator."""
-    return NetworkDenoiser(
-        make(NETS, settings.model.net, "network", "model.net"),
-        path(settings),
-        prediction=settings.model.prediction,
-        sigma_data=settings.model.sigma_data,
-    )
+    section = settings.model
+    net = make(NETS, section.net, "network", "model.net")
+    if isinstance(section, EnergySection):
+        return NetworkEnergy(net, prior_std=section.prior_std)
+    return NetworkDenoiser(net, path(settings), prediction=section.prediction, sigma_data=section.sigma_data)
 
 
 class Unlabelled:

@@ -13,6 +13,7 @@ from torch import nn
 
 from undiffuse.core.errors import RecipeError, RunError
 from undiffuse.data import Loader
+from undiffuse.recipes.chains import EnergySampler, sampler_of
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.generate import Sampler, write_arrays
 from undiffuse.recipes.load import load_recipe
@@ -35,7 +36,7 @@ def train(
     on_start: Callable[[Run, nn.Module], Any] | None = None,
     on_data: Callable[[int, int], None] | None = None,
     on_log: Callable[[dict[str, Any]], Any] | None = None,
-    on_sample: Callable[[Run, int, Sampler], Any] | None = None,
+    on_sample: Callable[[Run, int, Sampler | EnergySampler], Any] | None = None,
 ) -> Run:
     """Train what a recipe says. A run folder that exists is taken up where it stopped, bit for bit.
 
@@ -65,7 +66,7 @@ def train(
     with join(place, config.timeout) as world:
         dataset = recipe.data(progress=on_data)
         recipe = recipe.resolved(dataset)
-        model = recipe.model()
+        model, objective = recipe.model(), recipe.objective()
         loader = Loader(
             dataset,
             config.batch,
@@ -81,13 +82,11 @@ def train(
         save = on_sample or save_samples
 
         def sample(step: int, averaged: Any) -> None:
-            facts = recipe.settings.facts
-            if facts is not None:
-                save(here, step, Sampler.of(averaged, facts, recipe.settings.sampling))
+            save(here, step, sampler_of(averaged, recipe.settings))
 
         result = fit(
             model,
-            recipe.objective(),
+            objective,
             loader,
             config,
             folder,
@@ -140,7 +139,7 @@ def _write_recipe(recipe: Recipe, folder: Path) -> None:
     replace_file(file, recipe.to_yaml().encode())
 
 
-def save_samples(run: Run, step: int, sampler: Sampler) -> None:
+def save_samples(run: Run, step: int, sampler: Sampler | EnergySampler) -> None:
     """The recipe's `sampling.n` samples as `samples/step-NNNNNNN.npz`."""
     seeds = range(run.recipe.settings.sampling.n)
     folder = run.folder / "samples"

@@ -9,9 +9,10 @@ import torch
 
 from undiffuse.core.random import hash_key
 from undiffuse.fields import NetworkDenoiser
-from undiffuse.objectives import Denoising
+from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.paths import Path
 from undiffuse.recipes import build
+from undiffuse.recipes.energies import is_energy
 from undiffuse.recipes.schema import Settings, parse_settings
 from undiffuse.recipes.text import dump_tree
 from undiffuse.training import TrainConfig
@@ -19,6 +20,8 @@ from undiffuse.training import TrainConfig
 
 class Recipe:
     """A point on the axes data x path x model x objective x training x sampling; see `load_recipe`.
+
+    A recipe trains a denoiser on a path, or an energy, which has none.
 
     Args:
         settings: the sections, checked; read them as `recipe.settings.sampling.steps`.
@@ -57,12 +60,25 @@ class Recipe:
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"
 
+    @property
+    def kind(self) -> str:
+        """What it trains: "denoiser" or "energy"."""
+        return "energy" if is_energy(self.settings) else "denoiser"
+
     def path(self) -> Path:
-        """How data become noise."""
+        """How data become noise.
+
+        Raises:
+            RecipeError: an energy has no path.
+        """
         return build.path(self.settings)
 
-    def objective(self) -> Denoising:
-        """What training minimises."""
+    def objective(self) -> Any:
+        """What training minimises. One that keeps chains has their number and size, from the data's facts.
+
+        Raises:
+            RecipeError: a replay buffer that is larger than memory.
+        """
         return build.objective(self.settings)
 
     def train_config(self) -> TrainConfig:
@@ -93,7 +109,7 @@ class Recipe:
         model = self.settings.model.model_copy(update={"net": build.net_arguments(self.settings, facts)})
         return Recipe(self.settings.model_copy(update={"facts": facts, "model": model}))
 
-    def model(self, dataset: Any = None) -> NetworkDenoiser:
+    def model(self, dataset: Any = None) -> NetworkDenoiser | NetworkEnergy:
         """The untrained model; its initial weights are a function of the recipe's seed.
 
         Raises:

@@ -12,6 +12,7 @@ import torch
 
 from undiffuse.core.errors import ArgumentError, RecipeError, RunError, nearest
 from undiffuse.fields import NetworkDenoiser
+from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
@@ -128,7 +129,7 @@ class Run:
     def denoiser(
         self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
     ) -> NetworkDenoiser:
-        """The trained model, in evaluation mode, its parameters frozen.
+        """The trained denoiser, in evaluation mode, its parameters frozen.
 
         Args:
             ema: see `average`. A power average that was not kept is rebuilt from the run's snapshots.
@@ -137,8 +138,33 @@ class Run:
 
         Raises:
             CheckpointError: no such checkpoint or average, or one that is damaged (a whole one is offered).
-            ArgumentError: a device that is not there.
+            ArgumentError: a device that is not there. RunError: the run trained an energy.
         """
+        model = self.model(ema, step, device)
+        if not isinstance(model, NetworkDenoiser):
+            raise RunError(f"{self.folder} trained an energy, no denoiser: use run.energy()")
+        return model
+
+    def energy(
+        self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
+    ) -> NetworkEnergy:
+        """The trained energy; arguments and errors as of `denoiser`.
+
+        Raises:
+            RunError: the run trained a denoiser.
+        """
+        model = self.model(ema, step, device)
+        if not isinstance(model, NetworkEnergy):
+            raise RunError(
+                f"{self.folder} trained a denoiser, no energy: use run.denoiser(); its score at one time is "
+                "undiffuse.fields.energy.DenoiserAt"
+            )
+        return model
+
+    def model(
+        self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
+    ) -> NetworkDenoiser | NetworkEnergy:
+        """Whatever was trained; arguments and errors as of `denoiser`."""
         place = pick_device(device)
         saved = load_checkpoint(self.folder, step)
         name = self.average(ema, saved.step)

@@ -11,7 +11,17 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_serializer,
+)
 
 from undiffuse.core.errors import RecipeError
 from undiffuse.recipes.arguments import explain, unknown_key
@@ -45,7 +55,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The network and what its output means (a name in `undiffuse.predictions`).
+    """A denoiser: the network and what its output means (a name in `undiffuse.predictions`).
 
     `conditional: false` trains without the labels that the data have.
     """
@@ -56,11 +66,58 @@ class ModelSection(Section):
     conditional: bool = True
 
 
+class EnergySection(Section):
+    """An energy, `kind: energy`: the network, and the standard deviation of the Gaussian that confines it, if any."""
+
+    kind: Literal["energy"]
+    net: Choice
+    prior_std: Annotated[float, Field(gt=0)] | None = None
+    conditional: bool = False
+
+
 class ObjectiveSection(Section):
-    """Where training looks (`time`) and how much it cares (`weight`)."""
+    """Denoising: where training looks (`time`) and how much it cares (`weight`)."""
 
     time: Choice = _choice("uniform")
     weight: Choice = _choice("simple")
+
+
+# Sections of which there are several kinds: how their values tell which.
+KINDS = ("denoiser", "energy")
+DENOISING = "denoising"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "energy" if isinstance(value, EnergySection) else "denoiser"
+    return value.get("kind", "denoiser") if isinstance(value, dict) else "denoiser"
+
+
+def _objective_kind(value: Any) -> str:
+    plain = isinstance(value, ObjectiveSection) or (isinstance(value, dict) and "name" not in value)
+    return DENOISING if plain else "named"
+
+
+def _without(key: str, default: str) -> BeforeValidator:
+    """What is chosen where nothing is said may also be said; it is not written out."""
+
+    def drop(value: Any) -> Any:
+        if isinstance(value, dict) and value.get(key) == default:
+            return {name: item for name, item in value.items() if name != key}
+        return value
+
+    return BeforeValidator(drop)
+
+
+Model = Annotated[
+    Annotated[ModelSection, _without("kind", "denoiser"), Tag("denoiser")] | Annotated[EnergySection, Tag("energy")],
+    Discriminator(_kind, custom_error_type="kind", custom_error_message=f"one of {', '.join(KINDS)} in 'model.kind'"),
+]
+Objective = Annotated[
+    Annotated[ObjectiveSection, Tag(DENOISING)] | Annotated[Choice, Tag("named")],
+    Discriminator(_objective_kind),
+    _without("name", DENOISING),
+]
 
 
 class SamplingSection(Section):
@@ -68,7 +125,8 @@ class SamplingSection(Section):
 
     `n` samples are drawn on training's schedule, `batch` at a time. `ema` names an average of the weights
     ("half-life-500", "power-0.05", or "none"); null is the first that training keeps. `precision` "bf16" runs the
-    network's large products so; the solver keeps fp32.
+    network's large products so; the solver keeps fp32. From an energy, `solver` is a Markov kernel, `initial` the law
+    its chains start from, and there is no grid.
     """
 
     solver: Choice = _choice("dpmpp-2m")
@@ -78,6 +136,12 @@ class SamplingSection(Section):
     batch: Count = 256
     ema: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    initial: Choice | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: Any) -> dict[str, Any]:
+        """A denoiser has no `initial`: its samples start from the path's own law."""
+        return {key: value for key, value in write(self).items() if key != "initial" or value is not None}
 
 
 class EvaluationSection(Section):
@@ -112,27 +176,37 @@ class Settings(Section):
     description: str = ""
     seed: Seed = 0
     data: dict[str, Any]
-    path: Choice
-    model: ModelSection
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    path: Choice | None = None
+    model: Model
+    objective: Objective = Field(default_factory=ObjectiveSection)
     training: dict[str, Any] = Field(default_factory=dict)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     facts: FactsSection | None = None
 
 
-def section_keys() -> list[str]:
-    """Dotted names of all keys that this module knows."""
+def section_keys(tree: Mapping[str, Any] | None = None) -> list[str]:
+    """Dotted names of all keys that this module knows, for a recipe of the kind of `tree`."""
+    model = EnergySection if _kind((tree or {}).get("model")) == "energy" else ModelSection
+    plain = _objective_kind((tree or {}).get("objective") or {}) == DENOISING
     keys = list(Settings.model_fields)
     for name, section in (
-        ("model", ModelSection),
-        ("objective", ObjectiveSection),
+        ("model", model),
+        ("objective", ObjectiveSection if plain else Section),
         ("sampling", SamplingSection),
         ("evaluation", EvaluationSection),
         ("facts", FactsSection),
     ):
         keys += [f"{name}.{key}" for key in section.model_fields]
     return keys
+
+
+_TAGS = {("model", "denoiser"), ("model", "energy"), ("objective", DENOISING), ("objective", "named")}
+
+
+def _keys_only(place: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The place of a problem without the tag by which its section's kind was told."""
+    return place[:1] + place[2:] if place[:2] in _TAGS else place
 
 
 def parse_settings(tree: Mapping[str, Any], origin: str, more_keys: list[str] | None = None) -> Settings:
@@ -149,9 +223,9 @@ def parse_settings(tree: Mapping[str, Any], origin: str, more_keys: list[str] | 
     try:
         return Settings.model_validate_json(json.dumps(dict(tree)))
     except ValidationError as error:
-        problems = error.errors()
+        problems: list[Any] = [{**item, "loc": _keys_only(item["loc"])} for item in error.errors()]
     unknown = [item for item in problems if item["type"] == "extra_forbidden"]
     if unknown:
         key = ".".join(str(part) for part in unknown[0]["loc"])
-        raise RecipeError(f"{origin}: {unknown_key(key, [*section_keys(), *(more_keys or [])])}")
+        raise RecipeError(f"{origin}: {unknown_key(key, [*section_keys(tree), *(more_keys or [])])}")
     raise RecipeError(f"{origin}: {explain(problems)}")

@@ -80,6 +80,14 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
+        # Large buffers that are the same everywhere (a replay buffer) need not be sent at every step.
+        kept = [
+            f"{place}.{name}"
+            for place, part in module.named_modules()
+            if getattr(part, "keeps_its_buffers", False)
+            for name, _ in part.named_buffers(recurse=False)
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, kept)
         return DistributedDataParallel(module, device_ids=devices, process_group=self.gradients)
 
     def silent(self, module: nn.Module, active: bool) -> AbstractContextManager:
@@ -124,6 +132,15 @@ class World:
             with self._waiting(name):
                 dist.all_reduce(total, group=self.agreements)
         return total
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, as many from each, in the order of their ranks; on all of them."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        with self._waiting("the rows of all processes"):
+            dist.all_gather(parts, rows.contiguous(), group=self.gradients)
+        return torch.cat(parts)
 
     def from_main(self, name: str, function: Callable[[], Any]) -> Any:
         """What `function` returns on the main process, on all; where it fails there, all fail.

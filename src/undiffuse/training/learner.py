@@ -42,6 +42,8 @@ class Learner:
         prepare_model(model, config, world.device)
         self.objective = objective if isinstance(objective, nn.Module) else nn.Module()
         self.objective.to(world.device)
+        if hasattr(objective, "settle"):
+            objective.deferred = True
         # Wrapping gives all processes the weights of the first: the averages must start from those.
         losses = LossModule(model, objective).train()
         self.losses = world.wrap(losses)
@@ -89,6 +91,16 @@ class Learner:
                 "several processes"
             )
         self._checked_use = True
+
+    def settle(self) -> None:
+        """Let an objective that keeps something from step to step close this one, alike in all processes."""
+        if hasattr(self.objective, "settle"):
+            self.objective.settle(self.world.gather)  # pyright: ignore[reportCallIssue]
+
+    def diagnostics(self) -> dict[str, float]:
+        """What the objective has to say beside its losses."""
+        said = getattr(self.objective, "diagnostics", None)
+        return said() if callable(said) else {}  # pyright: ignore[reportReturnType]
 
     def update(self, k: int) -> None:
         """Move the weights along the gradient, and the averages after them."""

@@ -68,6 +68,7 @@ class Session:
         cond = map_cond(cond, lambda value: value.to(self.world.device, non_blocking=True))
         losses, norm = self.learner.gradient(k, x, cond)
         self._refuse_non_finite(k, (x, cond), losses, norm)
+        self.learner.settle()
         self.learner.update(k)
         self.meter.add(losses.loss, losses.half_log_snr, norm)
 
@@ -98,6 +99,7 @@ class Session:
             "step": step,
             "steps": self.config.steps,
             **means(sums),
+            **self.learner.diagnostics(),
             "lr": learning_rate(self.config, step - 1),
             "images_per_second": rate,
             "seconds": self.seconds(),

@@ -56,7 +56,9 @@ def fit(
     Args:
         model: trained in place, on `device`. Its weights afterwards are the last; the averages are in the checkpoint.
         objective: `objective(model, x_0, cond, generator) -> (B,)`; where it has `losses`, that is called instead and
-            returns a record of `loss`, `t`, `half_log_snr`. One that is a module is trained and saved too.
+            returns a record of `loss`, `t`, `half_log_snr`. One that is a module is trained and saved too. Such a
+            module may have `settle(gather)`, called once per step before the weights move (`gather` joins the rows of
+            all processes), and `diagnostics()`, numbers by name for `metrics.jsonl`.
         loader: `batch(k) -> (x, cond)`, this process's rows of global batch k = 0, 1, ...; `prefetch(start, stop)`,
             an iterator over the same, is used where it exists.
         config: the numbers.
