@@ -115,7 +115,7 @@ def leapfrog(
 
 def log_ratio(energy: PerChain, w: Event, new_energy: PerChain, new_w: Event) -> PerChain:
     """`H(x, w) - H(x', w')` with `H = E + |w|^2 / 2`, (B,): the logarithm of the acceptance ratio."""
-    return energy - new_energy + 0.5 * (w.square() - new_w.square()).flatten(1).sum(1)
+    return energy - new_energy + 0.5 * (w.square() - new_w.square()).reshape(len(w), -1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
