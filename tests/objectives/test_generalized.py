@@ -12,6 +12,7 @@ from torch import nn
 from undiffuse.core.autodiff import divergence, gradient
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Streams
+from undiffuse.fields.energy import DenoisingScore
 from undiffuse.objectives.generalized import (
     DenoisingOperator,
     GeneralizedScoreMatching,
@@ -21,6 +22,7 @@ from undiffuse.objectives.generalized import (
     SecondOrder,
     check_adjoint,
 )
+from undiffuse.objectives.score_matching import SURE, ImplicitScoreMatching
 from undiffuse.oracles import Gaussian, GaussianMixture
 
 F64 = torch.float64
@@ -39,9 +41,9 @@ def law() -> GaussianMixture:
 
 def quadrature() -> tuple[torch.Tensor, torch.Tensor]:
     """Points and weights with `sum w f(x) = E f`: the trapezoid rule, whose error falls exponentially in 1 / step."""
-    line = torch.arange(-8, 8.1, 0.2, dtype=F64)
+    line = torch.arange(-8, 8.1, 0.25, dtype=F64)
     grid = torch.cartesian_prod(line, line)
-    return grid, 0.04 * law().log_prob(grid).exp()
+    return grid, 0.0625 * law().log_prob(grid).exp()
 
 
 class Field(nn.Module):
@@ -121,14 +123,17 @@ def test_denoising_is_the_mean_squared_error_without_clean_data():
 
 
 def test_gradient_and_sure_are_the_other_objectives():
-    """To rounding: `1/2 |s|^2 + div s`, and SURE `= 2 J + |x|^2 - dim sigma^2`, Jacobians by torch itself."""
+    """To rounding: implicit score matching, and SURE `= 2 J + |x|^2 - dim sigma^2`; Jacobians by torch itself."""
     x, model, sigma = numbers(9, 2, seed=6), Field(2), 0.7
     jacobian = torch.stack([torch.autograd.functional.jacobian(lambda y: model.score(y[None])[0], row) for row in x])
     trace, value = jacobian.diagonal(dim1=1, dim2=2).sum(1), model.score(x)
     implicit = GeneralizedScoreMatching(Gradient())(model, x)
     assert torch.allclose(implicit, trace + 0.5 * value.square().sum(1), atol=1e-13)
+    assert torch.allclose(implicit, ImplicitScoreMatching()(model, x), atol=1e-13)
     ours = 2 * GeneralizedScoreMatching(DenoisingOperator(sigma))(model, x) + x.square().sum(1) - 2 * sigma**2
     assert torch.allclose(ours, (value - x).square().sum(1) + 2 * sigma**2 * trace - 2 * sigma**2, atol=1e-13)
+    sure = SURE(sigma, trace="exact")(DenoisingScore(model.denoise, sigma), x)
+    assert torch.allclose(ours, sure, atol=1e-13)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)

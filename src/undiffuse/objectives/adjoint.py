@@ -59,8 +59,8 @@ class Operator(ABC):
     def ratio(self, log_prob: LogProb, x: Tensor) -> Tensor:
         """`(L p)(x) / p(x)` of a known law: what the field should be, of the field's shape."""
 
-    def exact(self) -> Operator:
-        """The same operator with nothing estimated by random directions."""
+    def to_check(self) -> Operator:
+        """The operator as it is checked: exact, and with no more states than can be enumerated."""
         return self
 
     def trial(self, generator: Generator) -> Trial:
@@ -128,7 +128,7 @@ def check_adjoint(
     worst = 0.0
     for _ in range(trials):
         trial = operator.trial(generator)
-        forward, backward, size = _both_sides(operator.exact(), trial)
+        forward, backward, size = _both_sides(operator.to_check(), trial)
         gap = abs(forward - backward) / size if size > 0 else abs(forward - backward)
         if not gap <= tolerance:
             raise ArgumentError(

@@ -37,7 +37,7 @@ class Gradient(Operator):
     def ratio(self, log_prob: LogProb, x: Tensor) -> Tensor:
         return gradient(log_prob, x)[1]
 
-    def exact(self) -> Gradient:
+    def to_check(self) -> Gradient:
         return replace(self, probes=None)
 
 
@@ -82,7 +82,7 @@ class DenoisingOperator(Operator):
     def ratio(self, log_prob: LogProb, x: Tensor) -> Tensor:
         return (x + self.sigma**2 * gradient(log_prob, x)[1]) / self.alpha
 
-    def exact(self) -> DenoisingOperator:
+    def to_check(self) -> DenoisingOperator:
         return replace(self, probes=None)
 
 
@@ -131,7 +131,7 @@ class SecondOrder(Operator):
         rows = [jvp(lambda y: gradient(log_prob, y)[1], x, unit)[1].flatten(1) for unit in _units(x)]
         return torch.stack(rows, 1) + score[:, :, None] * score[:, None, :]
 
-    def exact(self) -> SecondOrder:
+    def to_check(self) -> SecondOrder:
         return replace(self, probes=None)
 
 
