@@ -16,6 +16,7 @@ from undiffuse.fields.energy import (
     log_density_ratio,
 )
 from undiffuse.fields.prediction import PREDICTIONS, Coefficients, Prediction
+from undiffuse.fields.tweedie import covariance_product, posterior_covariance, posterior_mean
 
 __all__ = [
     "PREDICTIONS",
@@ -34,7 +35,10 @@ __all__ = [
     "ProductEnergy",
     "ScoreNetwork",
     "TemperedEnergy",
+    "covariance_product",
     "log_density_ratio",
     "on_path",
+    "posterior_covariance",
+    "posterior_mean",
     "prediction",
 ]

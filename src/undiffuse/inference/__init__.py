@@ -1,1 +1,19 @@
 """Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
+
+from undiffuse.inference.gibbs import BlockGibbs
+from undiffuse.inference.partition import (
+    Bracket,
+    LogPartition,
+    annealed_importance_sampling,
+    bracket_log_z,
+    reverse_annealed_importance_sampling,
+)
+
+__all__ = [
+    "BlockGibbs",
+    "Bracket",
+    "LogPartition",
+    "annealed_importance_sampling",
+    "bracket_log_z",
+    "reverse_annealed_importance_sampling",
+]

@@ -3,6 +3,7 @@
 from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
+from undiffuse.solvers.hamiltonian import HMC
 from undiffuse.solvers.integrate import (
     SOLVERS,
     Sample,
@@ -11,22 +12,33 @@ from undiffuse.solvers.integrate import (
     integrate,
     sample,
 )
+from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
+from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
+from undiffuse.solvers.tempering import ParallelTempering
 
 __all__ = [
     "DDIM",
     "DDPM",
     "EDM",
     "GRIDS",
+    "HMC",
+    "MALA",
     "SOLVERS",
     "Bound",
+    "Chains",
     "DPMpp2M",
+    "Draws",
     "Euler",
     "Heun",
+    "Kernel",
+    "Langevin",
+    "ParallelTempering",
     "Sample",
     "Solver",
     "Step",
+    "Underdamped",
     "check_grid",
     "combine",
     "get_solver",
