@@ -19,17 +19,16 @@ from undiffuse.oracles.law import Cond, Event, Law
 class KnownEnergy(Energy):
     """An energy with a known normaliser: `p(x) = exp(-E(x) - log_z)` on events of shape `event`, sampled exactly.
 
-    Its numbers are exact in whatever dtype x has; samples are of the dtype and on the device of the module, float32
-    at first: `.to(device, dtype)` moves them.
+    It computes in the dtype of x; samples are of the dtype and on the device of the module, which `.to` changes.
     """
 
     event: tuple[int, ...]
     place: Tensor
 
-    def __init__(self, event: tuple[int, ...]):
+    def __init__(self, event: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | None = None):
         super().__init__()
         self.event = event
-        self.register_buffer("place", torch.zeros(()), persistent=False)
+        self.register_buffer("place", torch.zeros((), dtype=dtype, device=device), persistent=False)
 
     @property
     @abstractmethod

@@ -46,7 +46,7 @@ class Bernoulli(BinaryEnergy):
     bias: Tensor
 
     def __init__(self, bias: Float[Tensor, " v"]):
-        super().__init__(tuple(bias.shape))
+        super().__init__(tuple(bias.shape), bias.dtype, bias.device)
         self.register_buffer("bias", bias.detach().clone())
 
     @property
@@ -83,7 +83,7 @@ class BernoulliRBM(BinaryEnergy):
         self, weight: Float[Tensor, "v h"], visible_bias: Float[Tensor, " v2"], hidden_bias: Float[Tensor, " h2"]
     ):
         _check_sizes("BernoulliRBM", weight, visible_bias, hidden_bias)
-        super().__init__((weight.shape[0],))
+        super().__init__((weight.shape[0],), weight.dtype, weight.device)
         self.weight = nn.Parameter(weight.detach().clone())
         self.visible_bias = nn.Parameter(visible_bias.detach().clone())
         self.hidden_bias = nn.Parameter(hidden_bias.detach().clone())
@@ -173,7 +173,7 @@ class GaussianRBM(KnownEnergy):
         std: Tensor | float = 1.0,
     ):
         _check_sizes("GaussianRBM", weight, visible_bias, hidden_bias)
-        super().__init__((weight.shape[0],))
+        super().__init__((weight.shape[0],), weight.dtype, weight.device)
         spread = torch.as_tensor(std, dtype=weight.dtype, device=weight.device)
         if spread.shape not in ((), self.event) or not bool((spread > 0).all()):
             raise ArgumentError(
