@@ -22,7 +22,7 @@ PerSample = Float[Tensor, " b"]
 Gather = Callable[[Tensor], Tensor]
 
 # Steps over which the figures of `diagnostics` are averaged.
-_WINDOW = 20
+WINDOW = 20
 # Chains whose score is measured: its norm is a figure to look at, not worth a pass over the batch.
 _SCORED = 32
 
@@ -185,7 +185,7 @@ class ContrastiveDivergence(nn.Module):
             self.start.write(*(gather(part) for part in (held.slots, held.x, held.age, held.label)))
         figures = gather(held.figures).mean(0).to(self.running)
         self.step += 1
-        self.running.lerp_(figures, 1 / min(int(self.step), _WINDOW))
+        self.running.lerp_(figures, 1 / min(int(self.step), WINDOW))
         self._check(*figures[:2].tolist())
 
     def _check(self, on_data: float, on_chains: float) -> None:

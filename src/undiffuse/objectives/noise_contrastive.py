@@ -14,7 +14,7 @@ from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Generator
 from undiffuse.fields.denoiser import Cond, Event
 from undiffuse.fields.energy import Energy
-from undiffuse.objectives.contrastive import at_least_float
+from undiffuse.objectives.contrastive import WINDOW, at_least_float
 
 PerSample = Float[Tensor, " b"]
 
@@ -44,6 +44,7 @@ class NoiseContrastive(nn.Module):
     """
 
     accuracy: Tensor
+    calls: Tensor
 
     def __init__(self, noise: Noise, ratio: int = 1, log_z: float = 0.0):
         super().__init__()
@@ -51,7 +52,8 @@ class NoiseContrastive(nn.Module):
             raise ArgumentError(f"ratio is {ratio}: expected at least 1 sample of noise for each of the data")
         self.noise, self.ratio = noise, ratio
         self.log_z = nn.Parameter(torch.tensor(float(log_z)))
-        self.register_buffer("accuracy", torch.zeros(()), persistent=False)
+        self.register_buffer("accuracy", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def log_odds(self, model: Energy, u: Event, cond: Cond = None) -> PerSample:
         """`G(u)`, the log-odds that u is data."""
@@ -64,9 +66,10 @@ class NoiseContrastive(nn.Module):
             y = self.noise.sample(len(x), generator).to(x)
             fake = self.log_odds(model, y, cond)
             loss, right = loss + F.softplus(fake), right + (fake <= 0)
-        self.accuracy.copy_(right.detach().mean() / (1 + self.ratio))
+        self.calls += 1
+        self.accuracy.lerp_(right.mean().to(self.accuracy) / (1 + self.ratio), 1 / min(int(self.calls), WINDOW))
         return loss
 
     def diagnostics(self) -> dict[str, float]:
-        """`log_z`, and the share of data and noise told apart in the last batch: near 1, the noise is too easy."""
+        """`log_z`, and the share of data and noise told apart in the last calls: near 1, the noise is too easy."""
         return {"log_z": float(self.log_z.detach()), "noise_accuracy": float(self.accuracy)}
