@@ -42,7 +42,7 @@ def gradient(f: Callable[[Tensor], Tensor], x: Event) -> tuple[Float[Tensor, " b
             )
         # Some backward formulas have a forward rule only where they are recorded themselves.
         recorded = keep or forward_ad.unpack_dual(x).tangent is not None
-        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=recorded)
+        slope = _pull(value.sum(), x, None, recorded)
     return (value if keep else value.detach()), slope
 
 
@@ -53,6 +53,15 @@ def _leaf(x: Tensor) -> Tensor:
     primal, tangent = forward_ad.unpack_dual(x)
     leaf = primal.detach().requires_grad_()
     return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
+
+
+def _pull(value: Tensor, x: Tensor, u: Tensor | None, create_graph: bool, retain_graph: bool | None = None) -> Tensor:
+    """`u^T dvalue/dx`; zero where value does not depend on x."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(
+        value, x, u, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )[0]
 
 
 def jvp(f: Map, x: Event, v: Event, mode: Mode = "auto") -> tuple[Event, Event]:
@@ -77,12 +86,9 @@ def jvp(f: Map, x: Event, v: Event, mode: Mode = "auto") -> tuple[Event, Event]:
     with torch.enable_grad():
         x = _leaf(x)
         value = f(x)
-        if not value.requires_grad:
-            return value, torch.zeros_like(value)
         # J v is the derivative of u^T J towards u, at any u (Townsend's trick).
         u = torch.zeros_like(value).requires_grad_()
-        (pulled,) = torch.autograd.grad(value, x, u, create_graph=True)
-        (pushed,) = torch.autograd.grad(pulled, u, v, create_graph=keep, retain_graph=keep)
+        pushed = _pull(_pull(value, x, u, True), u, v, keep, keep)
     return (value, pushed) if keep else (value.detach(), pushed)
 
 
@@ -110,13 +116,7 @@ def _pullback(f: Map, x: Event) -> tuple[Event, Map]:
         x = _leaf(x)
         value = f(x)
 
-    def pull(u: Tensor) -> Tensor:
-        if not value.requires_grad:
-            return torch.zeros_like(x)
-        (pulled,) = torch.autograd.grad(value, x, u, create_graph=keep, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(x) if pulled is None else pulled
-
-    return (value if keep else value.detach()), pull
+    return (value if keep else value.detach()), lambda u: _pull(value, x, u, keep, True)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
