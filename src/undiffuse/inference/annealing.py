@@ -99,7 +99,12 @@ class Annealing:
         """`E_k(x)`, normalised at beta = 0."""
         if beta == 0:
             return -self.base.log_prob(x).double()
-        return (self.energy if beta == 1 else self._between(beta))(x).double()
+        value = (self.energy if beta == 1 else self._between(beta))(x)
+        if value.shape != x.shape[:1]:
+            raise ArgumentError(
+                f"the energy returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: expected ({len(x)},)"
+            )
+        return value.double()
 
     def _gain(self, x: Event, before: float, beta: float) -> Tensor:
         """`E_{k-1}(x) - E_k(x)`."""
@@ -107,10 +112,6 @@ class Annealing:
             gain = self._at(x, before) - self._at(x, beta)
         else:
             gain = (beta - before) * (self._at(x, 0) - self._at(x, 1))
-        if gain.shape != x.shape[:1]:
-            raise ArgumentError(
-                f"the energies returned {tuple(gain.shape)} for x of shape {tuple(x.shape)}: expected ({len(x)},)"
-            )
         _refuse(~torch.isfinite(gain), "weights are not finite", beta)
         return gain
 
