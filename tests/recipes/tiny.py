@@ -21,7 +21,8 @@ UNET = [
     "model.net.noise_features=8",
 ]
 MLP = ["model.net.hidden=16", "model.net.layers=1"]
-NET = {"gaussians": MLP}
+CHAINS = ["objective.steps=2", "objective.start.size=64"]
+NET = {"gaussians": MLP, "ebm-ring": MLP, "ebm-mnist": ["model.net.width=4", *CHAINS]}
 SAMPLING = ["sampling.n=4", "sampling.steps=3", "sampling.batch=64"]
 
 

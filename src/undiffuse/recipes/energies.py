@@ -13,7 +13,7 @@ from undiffuse.objectives.contrastive import ContrastiveDivergence, Stop
 from undiffuse.objectives.noise_contrastive import NoiseContrastive
 from undiffuse.objectives.starts import INITIAL, STARTS, FromNoise
 from undiffuse.oracles.gaussian import Gaussian
-from undiffuse.recipes.arguments import complete
+from undiffuse.recipes.arguments import argument_names, complete, unknown_key
 from undiffuse.recipes.schema import EnergySection, FactsSection, Settings
 from undiffuse.recipes.tables import known, make
 from undiffuse.solvers.hamiltonian import HMC
@@ -70,6 +70,10 @@ def resolve_deep(table: Table, choice: Any, what: str, where: str) -> Choice:
     parts = PARTS.get(factory, {})
     given = {key: value for key, value in choice.items() if key != "name" and key not in parts}
     told = [key for key in _FROM_DATA if key in inspect.signature(factory).parameters]
+    names = [*argument_names(factory, (*parts, *told)), *parts]
+    for key in given:
+        if key not in names:
+            raise RecipeError(unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in names]))
     plain = complete(factory, given, where, left_out=(*parts, *told))
     for key, (inner, called, usual) in parts.items():
         part = usual if choice.get(key) is None else choice[key]
