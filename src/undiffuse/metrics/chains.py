@@ -1,7 +1,8 @@
 """Have the chains forgotten their starts, and how many independent draws are they worth? Per coordinate.
 
-Vehtari, Gelman, Simpson, Carpenter and Bürkner 2021, "Rank-normalization, folding, and localization". Chains are (n, chains, *event), as `Chains.samples` holds them; each is cut in halves, so that a drift within a chain
-counts as a difference between two. An odd last state is left out.
+Vehtari, Gelman, Simpson, Carpenter and Bürkner 2021, "Rank-normalization, folding, and localization". Chains are
+(n, chains, *event), as `Chains.samples` holds them; each is cut in halves, so that a drift within a chain counts as a
+difference between two. An odd last state is left out.
 """
 
 from __future__ import annotations

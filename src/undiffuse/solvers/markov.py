@@ -140,7 +140,8 @@ class Kernel(ABC):
         """
         _check_counts(steps, burn_in, thin, keep)
         _check_start(x)
-        x, draw, counted, guard = x.detach(), Draws(x, generator), Counted(target), _Guard()
+        draw, counted, guard = Draws(x, generator), Counted(target), _Guard()
+        x = _side_by_side(x.detach())
         samples: list[Tensor] = []
         accepted = None
         with evaluating(target):
@@ -156,13 +157,25 @@ class Kernel(ABC):
                 if callback is not None:
                     callback(index, x)
         return Chains(
-            x,
+            x.contiguous(),
             torch.stack(samples) if keep else None,
             None if accepted is None else accepted / steps,
             guard.diverged,
             counted.calls,
             self.details(state),
         )
+
+
+# Few values and many chains: loops over an event's values are too short to vectorise, loops over chains are not. On an
+# energy of 8 modes in the plane, 10,000 chains, a step takes 0.85 of the time.
+_FEW, _MANY = 16, 256
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x laid out with equal coordinates of all chains next to each other, where that is faster."""
+    if x.ndim != 2 or not 1 < x.shape[1] <= _FEW or x.shape[0] < _MANY or x.device.type != "cpu":
+        return x
+    return x.T.contiguous().T
 
 
 class Counted:
@@ -173,7 +186,7 @@ class Counted:
 
     def score(self, x: Tensor, cond: Cond = None) -> Tensor:
         self.calls += 1
-        return self._like(self.target.score(x, cond), x)
+        return self._like(_ask(self.target.score, x, cond), x)
 
     def energy_and_score(self, x: Tensor, cond: Cond = None) -> tuple[Tensor, Tensor]:
         if not isinstance(self.target, HasEnergy):
@@ -182,7 +195,7 @@ class Counted:
                 "energies, which a score alone does not give. Give an Energy, or use Langevin or Underdamped"
             )
         self.calls += 1
-        energy, score = self.target.energy_and_score(x, cond)
+        energy, score = _ask(self.target.energy_and_score, x, cond)
         if energy.shape != x.shape[:1]:
             raise ArgumentError(
                 f"the energy has shape {tuple(energy.shape)} for x of shape {tuple(x.shape)}: expected one number per "
@@ -196,6 +209,16 @@ class Counted:
                 f"the score has shape {tuple(score.shape)} for x of shape {tuple(x.shape)}: expected the same"
             )
         return score
+
+
+def _ask(method: Callable, x: Tensor, cond: Cond) -> Any:
+    """The method's answer; a function that takes a `view` of x, which asks for rows in memory, gets them."""
+    try:
+        return method(x, cond)
+    except RuntimeError as error:
+        if x.is_contiguous() or "view" not in str(error):
+            raise
+    return method(x.contiguous(), cond)
 
 
 class _Guard:
