@@ -11,6 +11,7 @@ from torch import Tensor
 from undiffuse.oracles import Gaussian, GaussianMixture, exact_flow
 from undiffuse.paths import Path
 from undiffuse.solvers import DDIM, DDPM, EDM, Bound, DPMpp2M, Euler, Heun, Solver, integrate
+from undiffuse.solvers.annealed import AnnealedLangevin
 
 F64 = torch.float64
 
@@ -26,6 +27,7 @@ STOCHASTIC: dict[str, Solver] = {
     "ddim eta=0.5": DDIM(eta=0.5),
     "ddim eta=1": DDIM(eta=1.0),
     "edm churn=2": EDM(S_churn=2.0),
+    "annealed-langevin": AnnealedLangevin(steps_per_level=3),
 }
 SOLVERS = {**DETERMINISTIC, **STOCHASTIC}
 
@@ -60,21 +62,32 @@ def strong_error(solver: Solver, path: Path, counts: list[int]) -> list[float]:
 
 
 def moments_after(solver: Solver, path: Path, grid: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance that a one-step stochastic solver makes of a Gaussian with independent coordinates.
+    """Mean and variance that a stochastic solver makes of a Gaussian with independent coordinates.
 
-    Each step is affine in x and in its noise, coordinate by coordinate: probing it at 0 and 1 gives the coefficients.
+    Each step is affine in x and in each of its draws, coordinate by coordinate: probing it at 0 and 1 gives the
+    coefficients.
     """
     field = Bound(gaussian().denoiser(path), grid=grid)
     solver = solver.for_steps(len(grid) - 1)
     zero, one = torch.zeros(1, len(mean), dtype=F64), torch.ones(1, len(mean), dtype=F64)
+    state = solver.init(field, zero, grid[0])
     for t, s in pairwise(grid.unbind()):
+        drawn: list[Tensor] = []
 
-        def out(x: Tensor, z: Tensor, t=t, s=s) -> Tensor:
-            return solver.step(field, x, t, s, None, lambda: z)[0]
+        def out(x: Tensor, place: int | None = None, t=t, s=s, state=state, drawn=drawn) -> tuple[Tensor, object]:
+            """The step at x where draw number `place` is 1 and the others are 0."""
+            drawn.clear()
 
-        offset = out(zero, zero)
-        on_x, on_noise = out(one, zero) - offset, out(zero, one) - offset
-        mean, variance = on_x * mean + offset, on_x**2 * variance + on_noise**2
+            def noise() -> Tensor:
+                drawn.append(one if len(drawn) == place else zero)
+                return drawn[-1]
+
+            return solver.step(field, x, t, s, state, noise)
+
+        offset, after = out(zero)
+        on_noise = sum(((out(zero, place)[0] - offset).square() for place in range(len(drawn))), start=0 * zero)
+        on_x = out(one)[0] - offset
+        mean, variance, state = on_x * mean + offset, on_x**2 * variance + on_noise, after
     return mean[0], variance[0]
 
 

@@ -7,10 +7,12 @@ from unittest import mock
 
 import pytest
 
-from solvers import test_identities, test_orders
-from undiffuse.solvers import exponential, runge_kutta, stochastic
+from solvers import test_annealed, test_identities, test_orders
+from undiffuse.solvers import annealed, exponential, runge_kutta, stochastic
 
 ORDER = test_orders.test_the_declared_order_is_the_measured_one
+RECURSION = test_annealed.test_a_gaussian_keeps_to_the_exact_recursion
+BEST = test_annealed.test_the_chosen_steps_are_the_best_of_the_exact_recursion
 # module, function, index of the coefficient (None: the function returns one number), test, its arguments
 MUTATIONS = [
     *[(runge_kutta, "velocity_coefficients", i, ORDER, ("euler", "vp")) for i in range(2)],
@@ -31,6 +33,16 @@ MUTATIONS = [
         test_identities.test_edm_without_churn_is_heun_on_the_karras_path,
         ("karras",),
     ),
+    *[(annealed, "langevin_coefficients", i, RECURSION, ("vp", "delta", 4)) for i in range(3)],
+    *[(annealed, "scales", i, RECURSION, ("trig", "settled", 1)) for i in range(2)],
+    (annealed, "_smallest_level", None, RECURSION, ("karras", "delta", 1)),
+    (annealed, "settled_step", None, RECURSION, ("ncsn-table", "settled", 4)),
+    (annealed, "snr_relative_step", None, test_annealed.test_the_snr_rule_is_score_sde_s_in_x_itself, ("vp",)),
+    (test_annealed, "nearest_step", None, BEST, (1.3, 3)),
+    (test_annealed, "settled_step", None, BEST, (1.3, 3)),
+    (test_annealed, "langevin_step", None, BEST, (1.3, 3)),
+    (test_annealed, "settled_variance", None, BEST, (1.3, 3)),
+    (test_annealed, "noise_variance", None, BEST, (1.3, 3)),
 ]
 
 

@@ -16,6 +16,7 @@ from undiffuse.core.errors import ArgumentError, SamplingError, choose
 from undiffuse.core.random import Streams, fresh_seed
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
+from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Cond, Event, Noise, Solver, scales
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.grids import check_grid, make_grid
@@ -23,6 +24,7 @@ from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
+    "annealed-langevin": AnnealedLangevin,
     "ddim": DDIM,
     "ddpm": DDPM,
     "dpmpp-2m": DPMpp2M,
