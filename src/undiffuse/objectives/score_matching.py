@@ -157,9 +157,9 @@ class FiniteDifferenceSliced:
         energy  `h^2 (g''''/12 + g' g'''/6)`        score  `h^2 (g''''/6 + g' g'''/2)`
 
     Step: let l be the shortest length over which the score changes (the smallest mode's standard deviation). The
-    relative error is of order (h/l)^2 / 12. Rounding adds about `4 eps |E| / h^2` for energies, against 1 / l^2, and
-    `eps |s| / h` for scores. In float32, h = l / 10 is safe for both; below l / 100 an energy's second difference is
-    mostly rounding, while scores still do. The default suits data with l of about 1.
+    relative error is of order (h/l)^2 / 10; rounding adds about `4 eps |E| / h^2` to an energy's 1 / l^2, and
+    `eps |s| / h` to a score's. In float32 h = l / 10 is safe for both: at |E| of 10 in ten dimensions an energy is off
+    by 0.08 %, by 0.2 % at l / 100 and by 20 % at l / 1000, where a score is still right. The default suits l of 1.
 
     Args:
         step: h, in units of x.
