@@ -178,6 +178,18 @@ def test_random_directions_estimate_the_exact_value(operator, kind):
     assert 5 * error < 0.1
 
 
+@pytest.mark.parametrize("operator", [Gradient, SecondOrder, lambda **k: DenoisingOperator(0.7, alpha=0.4, **k)])
+def test_in_one_dimension_signs_leave_nothing_to_chance(operator):
+    """`u^2 = 1`: the estimate is the exact value, whatever is drawn."""
+    x = numbers(6, 1, seed=15)
+
+    def field(_, y, __):
+        return torch.sin(1.3 * y).reshape((len(y), 1, 1) if operator is SecondOrder else (len(y), 1))
+
+    exact = GeneralizedScoreMatching(operator(), field)(None, x)
+    assert torch.allclose(GeneralizedScoreMatching(operator(probes=3), field)(None, x), exact, rtol=1e-12)
+
+
 # ---------------------------------------------------------------- operators of the user's own
 
 
