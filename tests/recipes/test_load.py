@@ -9,7 +9,8 @@ import yaml
 import undiffuse as ud
 from recipes.tiny import image_folder, overrides, parquet
 from undiffuse.core.errors import RecipeError
-from undiffuse.recipes import Recipe, list_recipes
+from undiffuse.paths.levels import count_levels, levels_from_data
+from undiffuse.recipes import Recipe, build, list_recipes
 from undiffuse.recipes.text import flatten, parse_yaml
 from undiffuse.training import TrainConfig
 
@@ -21,7 +22,7 @@ def data_of(name, tmp_path):
     """Overrides that give a recipe data to read."""
     if name == "folder":
         return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
-    if name in ("mnist", "ebm-mnist"):
+    if name in ("mnist", "ebm-mnist", "ncsn-mnist"):
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
     if name == "cifar10":
         return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
@@ -36,6 +37,8 @@ def test_the_promised_recipes_are_there():
         "cifar10",
         "folder",
         "ddpm-digits",
+        "ncsn-digits",
+        "ncsn-mnist",
         "score-sde-digits",
         "flow-digits",
     } <= set(ALL)
@@ -233,6 +236,29 @@ def test_the_axes_are_points_not_classes():
     # Ho et al. 2020, section 4: alpha_bar at the last of the 1000 levels is 4.04e-5.
     last = chosen["ddpm-digits"].path().alpha(torch.tensor(1.0, dtype=torch.float64))
     assert float(last) ** 2 == pytest.approx(4.0358e-5, rel=1e-3)
-    t = torch.tensor([0.01, 0.5, 1.0], dtype=torch.float64)
-    sigma = chosen["ncsn-digits"].path().sigma(t)
-    assert torch.allclose(sigma[[0, 2]], torch.tensor([0.01, 20.0], dtype=torch.float64))
+    # The smallest of NCSN's 24 levels is at t = 1 / 24, and sigma goes straight to 0 before it.
+    t = torch.tensor([0.5 / 24, 1 / 24, 1.0], dtype=torch.float64)
+    assert chosen["ncsn-digits"].path().sigma(t).tolist() == pytest.approx([0.005, 0.01, 9.63])
+
+
+def test_ncsn_s_levels_are_those_of_its_data():
+    recipe = ud.load_recipe("ncsn-digits")
+    dataset = recipe.data()
+    levels = levels_from_data(dataset.batch(torch.arange(len(dataset)))[0])
+    t = torch.arange(1, len(levels) + 1, dtype=torch.float64) / len(levels)
+    assert len(levels) == recipe.settings.path["levels"] == recipe.settings.objective.time["n"]
+    assert torch.allclose(recipe.path().sigma(t), levels, rtol=1e-4)
+    # MNIST's largest distance is 32 (of 20,000 images).
+    mnist = ud.load_recipe("ncsn-mnist", ["data.path=somewhere"]).settings
+    assert count_levels(0.01, mnist.path["largest"], 784) == mnist.path["levels"] == mnist.objective.time["n"]
+
+
+@pytest.mark.parametrize(("name", "data"), [("ncsn-digits", []), ("ncsn-mnist", ["data.path=somewhere"])])
+def test_ncsn_is_sampled_at_its_own_levels_and_by_another_solver_when_told(name, data):
+    recipe = ud.load_recipe(name, data)
+    sampling, path = recipe.settings.sampling, recipe.path()
+    grid = build.solver(sampling.solver).default_grid(path, sampling.steps)
+    places = grid[:-1] * len(path.table)
+    assert torch.allclose(places, places.round())
+    changed = ud.load_recipe(name, [*data, "sampling.solver=ddim"])
+    assert changed.settings.sampling.solver == {"name": "ddim", "eta": 0.0}
