@@ -12,6 +12,7 @@ from undiffuse.cli.console import Console, clock, exit_code_of, is_lead, signals
 
 if TYPE_CHECKING:
     from undiffuse.recipes import Run, Sampler
+    from undiffuse.recipes.chains import EnergySampler
 
 
 def train(
@@ -110,7 +111,7 @@ def _note(record: dict[str, Any]) -> str:
     return f"loss {record['loss']:.4g}  {record['images_per_second']:,.0f} samples/s"
 
 
-def save_grid(run: Run, step: int, sampler: Sampler) -> None:
+def save_grid(run: Run, step: int, sampler: Sampler | EnergySampler) -> None:
     """The samples of training's schedule: `samples/step-NNNNNNN.png`; figures where they are no pictures."""
     from undiffuse.cli.sample import draw_picture
     from undiffuse.recipes.launch import save_samples

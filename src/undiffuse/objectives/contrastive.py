@@ -16,7 +16,7 @@ from undiffuse.core.errors import ArgumentError, SamplingError, TrainingError, c
 from undiffuse.core.random import Generator
 from undiffuse.fields.denoiser import Cond, Event
 from undiffuse.fields.energy import Energy
-from undiffuse.objectives.starts import FromData, FromNoise, ReplayBuffer, Start, Starts
+from undiffuse.objectives.starts import FromData, FromNoise, ReplayBuffer, Start, Starts, labels_of
 
 PerSample = Float[Tensor, " b"]
 Gather = Callable[[Tensor], Tensor]
@@ -162,7 +162,7 @@ class ContrastiveDivergence(nn.Module):
                 chains.x,
                 begun.slots if begun.slots is not None else begun.age,
                 age,
-                begun.cond if _is_labels(begun.cond) else torch.full_like(age, -1),
+                labels_of(begun.cond, like=age),
                 torch.stack([c.detach().double() for c in columns], 1),
             )
         )
@@ -212,7 +212,7 @@ class ContrastiveDivergence(nn.Module):
         `chain_move` (root mean square change of a coordinate over a run), `chain_acceptance` (of kernels that reject),
         `chain_age` (how many runs a chain has behind it), `score_norm` (of the model, at the chains).
         """
-        values = dict(zip(_FIGURES, self.running.tolist()))
+        values: dict[str, float] = dict(zip(_FIGURES, self.running.tolist()))
         values["energy_gap"] = values["energy_chains"] - values["energy_data"]
         return {name: value for name, value in values.items() if value == value}
 
@@ -250,10 +250,6 @@ def at_least_float(energy: PerSample) -> PerSample:
 
 def _index(diverged: dict[int, int], like: Tensor) -> Tensor:
     return torch.tensor(sorted(diverged), dtype=torch.int64, device=like.device)
-
-
-def _is_labels(cond: Any) -> bool:
-    return isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
 
 
 def _rows(cond: Cond, n: int) -> Cond:

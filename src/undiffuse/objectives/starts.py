@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -156,8 +156,8 @@ class ReplayBuffer(nn.Module):
         age = self.age[slots]
         anew = (coin < self.reinit) | (age == 0)
         state = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), noise, self.x[slots].to(x.dtype))
-        if self.labelled and cond is not None:
-            cond = torch.where(anew, cond, self.label[slots].to(cond))  # pyright: ignore[reportArgumentType]
+        if isinstance(cond, Tensor):
+            cond = torch.where(anew, cond, self.label[slots].to(cond))
         return Start(state, cond, slots, age.masked_fill(anew, 0))
 
     def _check(self, x: Tensor, cond: Cond) -> None:
@@ -165,8 +165,7 @@ class ReplayBuffer(nn.Module):
             raise ArgumentError(
                 f"x has shape {tuple(x.shape)}: this replay buffer holds events of shape {tuple(self.x.shape[1:])}"
             )
-        kept = self.labelled and isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
-        if cond is not None and not kept:
+        if cond is not None and not (self.labelled and _are_labels(cond)):
             raise ArgumentError(
                 f"a replay buffer {'keeps integer labels (B,)' if self.labelled else 'without labels'} was given "
                 "conditions: build it with labelled=True for integer labels, else start chains at 'data' or in 'noise'"
@@ -187,6 +186,15 @@ class ReplayBuffer(nn.Module):
         self.age[place] = age[rows]
         if self.labelled and label is not None:
             self.label[place] = label[rows]
+
+
+def _are_labels(cond: Cond) -> TypeGuard[Tensor]:
+    return isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
+
+
+def labels_of(cond: Cond, like: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The condition where it is integer labels, else -1 for each."""
+    return cond if _are_labels(cond) else torch.full_like(like, -1)
 
 
 def last_of_each(slots: Int[Tensor, " n"]) -> Int[Tensor, " m"]:

@@ -40,10 +40,10 @@ class Learner:
     def __init__(self, model: nn.Module, objective: Any, config: TrainConfig, world: World):
         self.model, self.config, self.world = model, config, world
         prepare_model(model, config, world.device)
-        self.objective = objective if isinstance(objective, nn.Module) else nn.Module()
-        self.objective.to(world.device)
         if hasattr(objective, "settle"):
             objective.deferred = True
+        self.objective = objective if isinstance(objective, nn.Module) else nn.Module()
+        self.objective.to(world.device)
         # Wrapping gives all processes the weights of the first: the averages must start from those.
         losses = LossModule(model, objective).train()
         self.losses = world.wrap(losses)
