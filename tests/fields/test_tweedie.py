@@ -240,6 +240,9 @@ def test_random_signs_estimate_the_diagonal_with_the_variance_they_state():
     # most 3): a false alarm in fewer than 1e-5 of the seeds; the seed is fixed.
     assert bool(((drawn.mean(0) - covariance.diagonal()).abs() < 5 * (variance / n).sqrt()).all())
     assert torch.allclose(drawn.var(0), variance, rtol=0.06)
+    # Of a diagonal matrix every sign vector finds the diagonal.
+    alone = covariance_diagonal(Linearised(torch.diag(matrix.diagonal()), path), x_t[:2], t, probes=probes)
+    assert torch.allclose(alone, covariance.diagonal().expand(2, 5), rtol=1e-13)
 
 
 def test_without_noise_the_covariance_is_zero():
