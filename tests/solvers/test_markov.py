@@ -247,3 +247,29 @@ def test_events_of_any_shape():
     for shape in ((4000, 3, 2, 2), (48000,)):
         run = HMC(0.7, 2).run(Normal(), torch.zeros(shape), 15, generator=generator)
         assert float(run.x.var()) == pytest.approx(1.0, abs=0.026)
+
+
+def test_an_energy_that_wants_its_rows_in_memory():
+    """Many chains of few values lie side by side in memory; an energy that takes a view of x gets rows, same answer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 2, dtype=F64, generator=generator)
+    laid_out: list[bool] = []
+
+    def viewed(y):
+        return y.view(-1).view(-1, 2).square().sum(1) / 2
+
+    def plain(y):
+        laid_out.append(y.is_contiguous())
+        return y.square().sum(1) / 2
+
+    ends = [
+        kernel.run(FunctionEnergy(f), x, 5, generator=torch.Generator().manual_seed(1)).x
+        for kernel in (Langevin(0.1), HMC(0.3, 2))
+        for f in (viewed, plain)
+    ]
+    assert not any(laid_out)
+    assert all(end.is_contiguous() for end in ends)
+    assert torch.allclose(ends[0], ends[1], atol=1e-12)
+    assert torch.allclose(ends[2], ends[3], atol=1e-12)
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        Langevin(0.1).run(FunctionEnergy(lambda y: y.view(7, -1).sum(1)), x, 5)

@@ -20,12 +20,13 @@ class CompiledEnergy(Energy):
 
     Args:
         energy: any energy that torch can compile; its parameters are this module's.
+        backend: of `torch.compile`.
     """
 
-    def __init__(self, energy: Energy):
+    def __init__(self, energy: Energy, backend: str = "inductor"):
         super().__init__()
         self.energy = energy
-        self._both: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_both)
+        self._both: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_both, backend=backend)
 
     def forward(self, x: Event, cond: Cond = None) -> PerChain:
         return self.energy(x, cond)
