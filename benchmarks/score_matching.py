@@ -238,7 +238,7 @@ def report(results: list[Result]) -> None:
         print(f"| {r.name} | {r.error:.2%} | {r.variance:.2g} | {r.ms:.2f} | {r.memory_mib:.1f} |")
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], choices=list(cases()))
     parser.add_argument("--steps", type=int, default=4000)
@@ -249,7 +249,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200, help="mini-batches for the variance of the gradient")
     parser.add_argument("--quiet", action="store_true", help="the table only")
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    options = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(1)
     chosen = {name: case for name, case in cases().items() if not options.only or name in options.only}
     results = {name: Result(name, options.steps) for name in chosen}
