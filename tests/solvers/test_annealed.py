@@ -291,3 +291,13 @@ def test_a_step_that_diverges_is_refused_and_one_just_below_does_not_diverge():
 def test_levels_that_do_not_grow_give_no_step():
     with pytest.raises(ArgumentError, match=r"level 2 is 0\.1 after 1"):
         langevin_step(torch.tensor([1.0, 0.1]), 5)
+
+
+def test_a_single_level_takes_ncsn_s_relative_step():
+    # a = 2e-5 at the level 0.01 is eta = 1e-5 = 0.1 * 0.01^2 (Song and Ermon 2019, section 5).
+    path, x, z = Karras(sigma_min=0.01), numbers(4, 3), numbers(4, 3, seed=1)
+    t, end = torch.tensor([0.01, 0.0], dtype=F64)
+    score = gaussian().denoiser(path).score(x, t)
+    for solver in (AnnealedLangevin(1, denoise=False), AnnealedLangevin(1, delta=1e-5, denoise=False)):
+        moved = solver.step(gaussian().denoiser(path), x, t, end, None, lambda: z)[0]
+        assert torch.allclose(moved, x + 2e-5 / 2 * score + math.sqrt(2e-5) * z)
