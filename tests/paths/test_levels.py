@@ -50,6 +50,7 @@ def test_the_overlap_rule_gives_the_published_counts(largest, dim, levels):
 def test_the_ratio_has_the_overlap_wanted_of_the_radii(dim, wanted):
     ratio = level_ratio(dim, wanted)
     assert overlap(ratio, dim) == pytest.approx(wanted, abs=1e-10)
+    assert overlap(1.0, dim) == pytest.approx(0.997300203936740, abs=1e-9)  # three standard deviations either side
     # The radius of N(0, I) in D dimensions is nearly N(sqrt(D), 1/2): the share of the inner radii, drawn from that,
     # that fall within three standard deviations of the outer ones. 5 standard errors: a false alarm in 10^6 runs.
     n = 400_000
