@@ -55,7 +55,7 @@ def ring(run: ud.Run, n: int = 20_000) -> dict[str, float]:
 
 def grey(place: str, n: int) -> Tensor:
     """CIFAR-10's test images in grey, scaled to 28 x 28."""
-    images: Any = load(place, "test", channels=1, limit=n, image_column="img", label=None)
+    images: Any = load(place, "test", channels=1, limit=n, label=None)
     x, _ = images.batch(torch.arange(n))
     return F.interpolate(x, size=(28, 28), mode="bilinear", antialias=True).clamp(-1, 1)
 
