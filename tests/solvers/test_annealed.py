@@ -187,13 +187,8 @@ def test_two_distant_modes_keep_their_weights():
         assert float(members.mean()) == pytest.approx(mode, abs=0.1)
         assert float(members.std()) == pytest.approx(0.5, abs=0.05)
     start = Streams.of(1, n).normal((n, 1))
-    plain = sample(
-        law.denoiser(path),
-        noise=start,
-        solver=replace(solver, steps_per_level=500),
-        grid=torch.tensor([0.1, 0.0]),
-        seed=0,
-    )
+    alone, grid = replace(solver, steps_per_level=500), torch.tensor([0.1, 0.0])
+    plain = sample(law.denoiser(path), noise=start, solver=alone, grid=grid, seed=0)
     assert abs(float((plain < 0).float().mean()) - 0.8) > 0.15
 
 
