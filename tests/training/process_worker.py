@@ -55,6 +55,15 @@ def plain(folder):
     return run(folder, model=model)
 
 
+def chains(folder):
+    """An energy with a replay buffer, whose rows all processes must agree on."""
+    from test_energies import Points, energy, persistent
+
+    model = energy()
+    model.net.net[2].p = 0.0
+    return run(folder, model=model, objective=persistent(), loader=Points(16, RANK, SIZE), cond_dropout=0.0)
+
+
 class Stops(TinyLoader):
     """Sends SIGTERM to one process only, at one step."""
 
@@ -110,7 +119,7 @@ def slow_samples(folder):
     return run(folder, on_sample=lambda step, model: time.sleep(15), sample_every=5, timeout=6.0)
 
 
-SCENARIOS = {f.__name__: f for f in (plain, stop, broken, unused, full_disk, slow_samples)}
+SCENARIOS = {f.__name__: f for f in (plain, chains, stop, broken, unused, full_disk, slow_samples)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training_toys import fingerprint, records
 
 from undiffuse.training import list_checkpoints, load_checkpoint
@@ -38,13 +39,13 @@ def launch(folder, *scenarios, processes=2):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, launch(folder, "plain", processes=1)
+    return folder, launch(folder, "plain", "chains", processes=1)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(folder, "plain", "stop", "broken", "unused", "full_disk", "slow_samples")
+    return folder, launch(folder, "plain", "chains", "stop", "broken", "unused", "full_disk", "slow_samples")
 
 
 def test_two_processes_have_the_losses_of_one(one, two):
@@ -72,6 +73,17 @@ def test_checkpoints_of_two_processes_are_those_of_one(one, two):
         for key, value in a.items():
             if key != "net.calls":  # counts calls of one process: 6 micro-batches of 16 rows, or 3 of 8
                 assert (value - b[key]).abs().max() < 1e-5, key
+
+
+def test_processes_share_one_replay_buffer(one, two):
+    """The chains of two processes are those of one, row by row, and so are the figures."""
+    single, double = (load_checkpoint(place[0] / "chains").tensors("objective") for place in (one, two))
+    assert int(single["start.age"].max()) > 1
+    for name, value in single.items():
+        torch.testing.assert_close(double[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+    last = [records(place[0] / "chains")[-1] for place in (one, two)]
+    assert last[0]["energy_gap"] == pytest.approx(last[1]["energy_gap"], abs=1e-5)
+    assert two[1]["chains"][0]["weights"] == two[1]["chains"][1]["weights"]
 
 
 def test_one_process_asked_to_stop_stops_all_and_resuming_is_exact(two):
