@@ -14,6 +14,12 @@ from undiffuse.core.random import Streams
 from undiffuse.data.plane import MODE_STD, ring_means
 from undiffuse.objectives.contrastive import ContrastiveDivergence
 from undiffuse.objectives.noise_contrastive import NoiseContrastive
+from undiffuse.objectives.score_matching import (
+    DenoisingScoreMatching,
+    FiniteDifferenceSliced,
+    ImplicitScoreMatching,
+    SlicedScoreMatching,
+)
 from undiffuse.objectives.starts import ReplayBuffer
 from undiffuse.recipes import Recipe
 from undiffuse.recipes.chains import EnergySampler, sampler_of
@@ -97,6 +103,24 @@ def test_every_energy_takes_a_step(name, tmp_path):
     loss = objective(model, x, None, Streams.of(1, 8)).mean()
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert sum(float(g.square().sum()) for g in gradients if g is not None) > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "made"),
+    [
+        ("implicit-score-matching", ImplicitScoreMatching()),
+        ("{name: sliced-score-matching, probe: gaussian, probes: 2}", SlicedScoreMatching("gaussian", 2)),
+        ("{name: finite-difference-score-matching, step: 0.05}", FiniteDifferenceSliced(0.05)),
+        ("{name: denoising-score-matching, sigma: 0.3}", DenoisingScoreMatching(0.3)),
+    ],
+)
+def test_an_energy_by_score_matching(objective, made, tmp_path):
+    recipe = ring(f"objective={objective}", "training.steps=3", "training.lr=0.01")
+    assert recipe.objective() == made
+    run = ud.train(recipe, tmp_path / "run")
+    before, after = recipe.model().state_dict(), run.energy(ema="none").state_dict()
+    assert not torch.equal(before["net.layers.0.weight"], after["net.layers.0.weight"])
+    assert run.recipe.settings.sampling.initial == {"name": "normal", "scale": 1.5}
 
 
 @pytest.mark.parametrize(

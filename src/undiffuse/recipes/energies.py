@@ -11,6 +11,12 @@ import torch
 from undiffuse.core.errors import RecipeError
 from undiffuse.objectives.contrastive import ContrastiveDivergence, Stop
 from undiffuse.objectives.noise_contrastive import NoiseContrastive
+from undiffuse.objectives.score_matching import (
+    DenoisingScoreMatching,
+    FiniteDifferenceSliced,
+    ImplicitScoreMatching,
+    SlicedScoreMatching,
+)
 from undiffuse.objectives.starts import INITIAL, STARTS, FromNoise
 from undiffuse.oracles.gaussian import Gaussian
 from undiffuse.recipes.arguments import argument_names, complete, unknown_key
@@ -40,6 +46,10 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
 OBJECTIVES: dict[str, Callable] = {
     "contrastive-divergence": ContrastiveDivergence,
     "noise-contrastive": NoiseContrastive,
+    "implicit-score-matching": ImplicitScoreMatching,
+    "sliced-score-matching": SlicedScoreMatching,
+    "finite-difference-score-matching": FiniteDifferenceSliced,
+    "denoising-score-matching": DenoisingScoreMatching,
 }
 NOISES: dict[str, Callable] = {"gaussian": gaussian_noise}
 INITIALS: dict[str, Callable] = dict.fromkeys(INITIAL, FromNoise)
