@@ -1,5 +1,6 @@
 """Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
 
+from undiffuse.inference.energies import denoise, out_of_distribution
 from undiffuse.inference.gibbs import BlockGibbs
 from undiffuse.inference.partition import (
     Bracket,
@@ -15,5 +16,7 @@ __all__ = [
     "LogPartition",
     "annealed_importance_sampling",
     "bracket_log_z",
+    "denoise",
+    "out_of_distribution",
     "reverse_annealed_importance_sampling",
 ]

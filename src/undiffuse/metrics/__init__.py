@@ -1,5 +1,7 @@
 """How good samples are: distances between sets of samples, each number with its protocol."""
 
+from undiffuse.metrics.auroc import auroc
+from undiffuse.metrics.chains import effective_sample_size, split_r_hat
 from undiffuse.metrics.classifier import ClassAccuracy, class_accuracy
 from undiffuse.metrics.divergences import F_DIVERGENCES, Estimate, f_divergence, fisher_divergence
 from undiffuse.metrics.evaluate import evaluate
@@ -46,10 +48,12 @@ __all__ = [
     "SmallSampleWarning",
     "Spread",
     "as_bytes_rgb",
+    "auroc",
     "baselines",
     "class_accuracy",
     "compare",
     "density_coverage",
+    "effective_sample_size",
     "evaluate",
     "f_divergence",
     "fisher_divergence",
@@ -63,6 +67,7 @@ __all__ = [
     "nearest_neighbour",
     "precision_recall",
     "sliced_wasserstein",
+    "split_r_hat",
     "spread",
     "torchscript_features",
     "weights_hash",

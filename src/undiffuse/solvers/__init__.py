@@ -1,20 +1,17 @@
 """Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
 
+from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
+from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.hamiltonian import HMC
-from undiffuse.solvers.integrate import (
-    SOLVERS,
-    Sample,
-    Step,
-    get_solver,
-    integrate,
-    sample,
-)
+from undiffuse.solvers.integrate import SOLVERS, Step, get_solver, integrate
+from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
 
@@ -24,10 +21,13 @@ __all__ = [
     "EDM",
     "GRIDS",
     "HMC",
+    "KERNELS",
     "MALA",
     "SOLVERS",
+    "AnnealedLangevin",
     "Bound",
     "Chains",
+    "CompiledEnergy",
     "DPMpp2M",
     "Draws",
     "Euler",
@@ -43,6 +43,7 @@ __all__ = [
     "combine",
     "get_solver",
     "integrate",
+    "langevin_step",
     "make_grid",
     "rates",
     "sample",

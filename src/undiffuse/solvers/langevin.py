@@ -29,7 +29,7 @@ class Langevin(Kernel):
     `v / (1 - step / (2 v))`, and it diverges for step >= 2 v.
 
     Args:
-        step_size: the step, in units of x^2.
+        step_size: the step, in units of x^2; the default is for a density about as wide as a standard normal's modes.
         noise: standard deviation of the noise where it is not sqrt(2 step), as in short-run sampling of trained
             energies: `x + step s(x) + noise z`. 0 is gradient ascent of log p.
         clip: bound on the absolute value of each element of the score.
@@ -41,7 +41,7 @@ class Langevin(Kernel):
             positive definite.
     """
 
-    step_size: float
+    step_size: float = 0.01
     noise: float | None = None
     clip: float | None = None
     preconditioner: Tensor | None = None
@@ -83,6 +83,8 @@ class MALA(Metropolis):
         ArgumentError: step_size <= 0; at the start, a preconditioner that does not fit, a target without energies, or
             an energy that is not finite.
     """
+
+    step_size: float = 0.01
 
     def __post_init__(self):
         positive("step_size", self.step_size)
