@@ -14,8 +14,7 @@ from torch import Tensor
 from undiffuse import GaussianMixture
 from undiffuse.objectives.score_matching import DenoisingScoreMatching
 
-SIGMA = 0.5
-LIMIT = 3.0
+SIGMA, LIMIT = 0.5, 3.0
 
 
 def average(x: Tensor, clean: Tensor) -> Tensor:
@@ -61,15 +60,14 @@ def draw(out: Path, law: GaussianMixture, noisy: GaussianMixture, clean: Tensor)
     here = torch.tensor([[-0.35, -0.1]])
     weight = (-(clean[:20_000] - here).square().sum(1) / (2 * SIGMA**2)).softmax(0)
     origins = clean[weight.multinomial(24, generator=torch.Generator().manual_seed(1))]
-    mean = here + SIGMA**2 * noisy.score(here)
-    for end, colour, width in [(x, GREEN, 0.8) for x in origins] + [(mean[0], ORANGE, 2.5)]:
+    mean = (here + SIGMA**2 * noisy.score(here))[0]
+    for end, colour, width in [(x, GREEN, 0.8) for x in origins] + [(mean, ORANGE, 2.5)]:
         arrow = {"arrowstyle": "->", "color": colour, "linewidth": width, "mutation_scale": 10 + 2 * width}
         middle.annotate("", end.tolist(), here[0].tolist(), arrowprops=arrow)
-    middle.plot(*here[0], "o", color=INK, markersize=5, zorder=5)
+    middle.plot(*here[0], "o", color=INK, zorder=5)
     coarse = lattice(0.92 * LIMIT, 13)
-    arrows(
-        right, coarse, noisy.score(coarse), "#bccbea", 0.55, width=0.012, headwidth=3, headlength=3, headaxislength=3
-    )
+    head = {"width": 0.012, "headwidth": 3, "headlength": 3, "headaxislength": 3}
+    arrows(right, coarse, noisy.score(coarse), "#bccbea", 0.55, **head)
     arrows(right, coarse, average(coarse, clean), ORANGE, 0.55)
     plane(left, LIMIT, r"Data and kernels $p_\sigma(\tilde x\,|\,x)$")
     plane(middle, LIMIT, r"$\sigma^2\,\nabla \log p_\sigma(\tilde x\,|\,x)$ and its mean")

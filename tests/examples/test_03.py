@@ -45,12 +45,12 @@ def test_the_chapter_has_its_pictures():
 
 
 def test_energy_goes_down_at_data_and_up_at_samples(example, tmp_path):
-    """By quadrature the untrained model is 0.382 nats from the data (KL) and 0.370 in total variation: the first is
-    the most that -log p can fall at the data, and to be within 3 % of it the trained model must be within 0.012 nats.
+    """By quadrature the untrained model is 0.3848 nats (KL) and 0.3705 (total variation) from the data. The first is
+    the most that -log p can fall at the data, by Gibbs' inequality; what is missing, at most 0.02 nats, is the KL left.
     """
     value = example("03_energy_training").main(tmp_path, steps=250)
     drawn(tmp_path, "03_energy_training")
-    assert -0.3875 < value["change of -log p at the data"] < -0.365
+    assert -0.3849 < value["change of -log p at the data"] < -0.365
     assert value["change of -log p at the first samples"] > 0.4
     assert value["total variation, before"] == pytest.approx(0.3705, abs=0.001)
     assert value["total variation, after"] < 0.06
@@ -79,7 +79,7 @@ def test_langevin_is_right_for_near_modes_and_stuck_for_distant_ones(example, tm
 
 
 def test_a_learned_score_is_wrong_where_data_are_rare(example, tmp_path):
-    value = example("03_score_matching").main(tmp_path, steps=500)
+    value = example("03_score_matching").main(tmp_path, steps=350)
     drawn(tmp_path, "03_score_matching")
     assert value["relative Fisher divergence"] < 0.03
     assert value["rms error where data are rare"] > 4 * value["rms error where data are"]
@@ -94,7 +94,9 @@ def test_conditional_scores_average_to_the_score(example, tmp_path):
 
 
 def test_noise_levels_get_the_shares_right(example, tmp_path):
-    """Of 2000 samples: a standard error of 0.009 in the share of 0.8. The exact network gives 0.79."""
+    """Of 2000 samples: a standard error of 0.009 in the share of 0.8; the lag of 60 steps a level takes another 0.01.
+    Langevin dynamics alone keeps the half of the plane that it began in.
+    """
     value = example("03_ncsn").main(tmp_path, steps=600, n=2000)
     drawn(tmp_path, "03_ncsn")
     assert value["annealed: share of the heavy mode"] == pytest.approx(0.8, abs=0.03)
