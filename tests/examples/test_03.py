@@ -53,7 +53,7 @@ def test_energy_goes_down_at_data_and_up_at_samples(example, tmp_path):
     assert -0.3849 < value["change of -log p at the data"] < -0.365
     assert value["change of -log p at the first samples"] > 0.4
     assert value["total variation, before"] == pytest.approx(0.3705, abs=0.001)
-    assert value["total variation, after"] < 0.06
+    assert value["total variation, after"] < 0.08
 
 
 def test_the_score_holds_the_density(example, tmp_path):
@@ -72,7 +72,7 @@ def test_langevin_is_right_for_near_modes_and_stuck_for_distant_ones(example, tm
     value = example("03_langevin").main(tmp_path, chains=2000)
     drawn(tmp_path, "03_langevin")
     assert value["Gaussian, step 0.3: variance / predicted"] == pytest.approx(1, abs=0.01)
-    assert value["near modes: variance / true"] == pytest.approx(1.015, abs=0.02)
+    assert value["near modes: variance / true"] == pytest.approx(1.015, abs=0.03)
     assert value["near modes: error of the mean"] < 0.05
     assert value["near modes: error of the share"] < 0.02
     assert value["distant modes: share of the heavy one"] == pytest.approx(0.5, abs=0.06)  # 0.8 is true
