@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/undiffuse demo
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/test
 	$(BIN)/python -m pytest --slow
