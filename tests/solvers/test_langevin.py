@@ -148,6 +148,10 @@ def test_separate_noise_and_clip():
     moved, _ = kernel.step(Spread(1.0, 25.0), x, kernel.init(Spread(1.0, 25.0), x), Chosen(z))
     # Scores -3 (clipped to -0.03) and 0.5 / 25 = 0.02.
     assert torch.allclose(moved, torch.tensor([[3 - 0.3 + 0.002, -0.5 + 0.2 - 0.005]], dtype=F64), atol=1e-14)
+    bounded = Langevin(10.0, noise=0.005, clip=0.03, bounds=(-0.5, 2.5))
+    moved, _ = bounded.step(Spread(1.0, 25.0), x, bounded.init(Spread(1.0, 25.0), x), Chosen(z))
+    assert torch.allclose(moved, torch.tensor([[2.5, -0.305]], dtype=F64), atol=1e-14)
+    assert float(Langevin(0.1, noise=0.0, bounds=(0.9, 2.0)).run(Spread(1.0), torch.ones(1, 1), 3).x) == pytest.approx(0.9)
     ascent = Langevin(0.1, noise=0.0).run(Spread(1.0), torch.ones(1, 1), 3)
     assert float(ascent.x) == pytest.approx(0.9**3)
 
@@ -163,6 +167,7 @@ def test_calls_of_the_target():
     "make",
     [
         lambda: Langevin(0.0),
+        lambda: Langevin(0.1, bounds=(1.0, 1.0)),
         lambda: Langevin(math.nan),
         lambda: Langevin(0.1, noise=-1.0),
         lambda: Langevin(0.1, clip=0.0),

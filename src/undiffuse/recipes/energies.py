@@ -22,9 +22,7 @@ from undiffuse.oracles.gaussian import Gaussian
 from undiffuse.recipes.arguments import argument_names, complete, unknown_key
 from undiffuse.recipes.schema import EnergySection, FactsSection, Settings
 from undiffuse.recipes.tables import known, make
-from undiffuse.solvers.hamiltonian import HMC
-from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
-from undiffuse.solvers.markov import Kernel
+from undiffuse.solvers import KERNELS, Kernel
 from undiffuse.solvers.tempering import ParallelTempering
 
 Choice = dict[str, Any]
@@ -36,13 +34,7 @@ def gaussian_noise(shape: Sequence[int], std: float = 1.0) -> Gaussian:
     return Gaussian(torch.zeros(*shape), std)
 
 
-EXACT_KERNELS: dict[str, Callable[..., Kernel]] = {"mala": MALA, "hmc": HMC}
-KERNELS: dict[str, Callable[..., Kernel]] = {
-    **EXACT_KERNELS,
-    "langevin": Langevin,
-    "underdamped": Underdamped,
-    "parallel-tempering": ParallelTempering,
-}
+EXACT_KERNELS: dict[str, Callable[..., Kernel]] = {name: KERNELS[name] for name in ("mala", "hmc")}
 OBJECTIVES: dict[str, Callable] = {
     "contrastive-divergence": ContrastiveDivergence,
     "noise-contrastive": NoiseContrastive,

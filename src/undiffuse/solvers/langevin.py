@@ -33,18 +33,21 @@ class Langevin(Kernel):
         noise: standard deviation of the noise where it is not sqrt(2 step), as in short-run sampling of trained
             energies: `x + step s(x) + noise z`. 0 is gradient ascent of log p.
         clip: bound on the absolute value of each element of the score.
+        bounds: (low, high), the interval every element of x is clamped to after the step, as images are in short-run
+            sampling. The law then has mass at the bounds.
         preconditioner: P, an event's shape (a diagonal) or (D, D), symmetric positive definite; P^(1/2) is its
             Cholesky factor.
 
     Raises:
-        ArgumentError: step_size or clip <= 0, noise < 0; at the first step, a preconditioner of another shape or not
-            positive definite.
+        ArgumentError: step_size or clip <= 0, noise < 0, low >= high; at the first step, a preconditioner of another
+            shape or not positive definite.
     """
 
     step_size: float = 0.01
     noise: float | None = None
     clip: float | None = None
     preconditioner: Tensor | None = None
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
         positive("step_size", self.step_size)
@@ -52,6 +55,8 @@ class Langevin(Kernel):
             raise ArgumentError(f"noise is {self.noise}: expected a standard deviation >= 0, or None for sqrt(2 step)")
         if self.clip is not None:
             positive("clip", self.clip)
+        if self.bounds is not None and not (len(self.bounds) == 2 and self.bounds[0] < self.bounds[1]):
+            raise ArgumentError(f"bounds are {tuple(self.bounds)}: expected a pair (low, high), low < high")
 
     def init(self, target: HasScore, x: Event, cond: Cond = None) -> Root:
         return Root(self.preconditioner, x)
@@ -62,7 +67,9 @@ class Langevin(Kernel):
             score = score.clamp(-self.clip, self.clip)
         noise = math.sqrt(2 * self.step_size) if self.noise is None else self.noise
         moved = torch.add(x, state(state.transposed(score)), alpha=self.step_size)
-        return (moved.add_(state(draw.normal()), alpha=noise) if noise > 0 else moved), state
+        if noise > 0:
+            moved.add_(state(draw.normal()), alpha=noise)
+        return (moved if self.bounds is None else moved.clamp_(*self.bounds)), state
 
 
 @dataclass(frozen=True, eq=False)
