@@ -151,7 +151,9 @@ def test_separate_noise_and_clip():
     bounded = Langevin(10.0, noise=0.005, clip=0.03, bounds=(-0.5, 2.5))
     moved, _ = bounded.step(Spread(1.0, 25.0), x, bounded.init(Spread(1.0, 25.0), x), Chosen(z))
     assert torch.allclose(moved, torch.tensor([[2.5, -0.305]], dtype=F64), atol=1e-14)
-    assert float(Langevin(0.1, noise=0.0, bounds=(0.9, 2.0)).run(Spread(1.0), torch.ones(1, 1), 3).x) == pytest.approx(0.9)
+    assert float(Langevin(0.1, noise=0.0, bounds=(0.9, 2.0)).run(Spread(1.0), torch.ones(1, 1), 3).x) == pytest.approx(
+        0.9
+    )
     ascent = Langevin(0.1, noise=0.0).run(Spread(1.0), torch.ones(1, 1), 3)
     assert float(ascent.x) == pytest.approx(0.9**3)
 
