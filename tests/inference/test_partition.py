@@ -12,7 +12,6 @@ from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Streams
 from undiffuse.fields.energy import Energy, FunctionEnergy
 from undiffuse.inference.annealing import Annealing, Geometric
-from undiffuse.inference.gibbs import BlockGibbs
 from undiffuse.inference.partition import (
     annealed_importance_sampling,
     bracket_log_z,
@@ -20,6 +19,7 @@ from undiffuse.inference.partition import (
 )
 from undiffuse.oracles import Gaussian, GaussianMixture
 from undiffuse.oracles.rbm import Bernoulli, BernoulliRBM, GaussianRBM
+from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.hamiltonian import HMC
 from undiffuse.solvers.langevin import MALA, Langevin
 from undiffuse.solvers.markov import Kernel

@@ -273,3 +273,28 @@ def test_an_energy_that_wants_its_rows_in_memory():
     assert torch.allclose(ends[2], ends[3], atol=1e-12)
     with pytest.raises(RuntimeError, match="invalid for input"):
         Langevin(0.1).run(FunctionEnergy(lambda y: y.view(7, -1).sum(1)), x, 5)
+
+
+def test_denormals_are_zero_while_chains_run_only():
+    def tiny() -> float:
+        return float(torch.tensor(1e-30) * torch.tensor(1e-10))
+
+    seen = []
+
+    def energy(x):
+        seen.append(tiny())
+        return x.square().sum(1)
+
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    torch.set_flush_denormal(False)
+    Langevin(0.1).run(FunctionEnergy(energy), torch.zeros(2, 2), 1)
+    assert (seen, tiny() > 0) == ([0.0], True)
+    with pytest.raises(ArgumentError):
+        Langevin(0.1).run(FunctionEnergy(lambda x: x), torch.zeros(2, 2), 1)
+    assert tiny() > 0
+    torch.set_flush_denormal(True)  # a caller who wants it keeps it
+    Langevin(0.1).run(FunctionEnergy(energy), torch.zeros(2, 2), 1)
+    kept = tiny()
+    torch.set_flush_denormal(False)
+    assert kept == 0.0

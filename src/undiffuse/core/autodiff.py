@@ -172,8 +172,8 @@ def probe(kind: str, shape: Sequence[int], generator: Generator = None, *, dtype
     """Random directions u of shape (B, *event) with `E[u u^T] = I`: signs, normals, or points of the sphere of
     radius sqrt(D).
 
-    The variance of `u^T A u` is `2 (|S|^2 - sum_i S_ii^2)` for signs and `2 |S|^2` for normals, S the symmetric part
-    of A; the sphere lies between.
+    With S the symmetric part of A, the variance of `u^T A u` is `2 (|S|^2 - sum_i S_ii^2)` for signs, `2 |S|^2` for
+    normals, and `2 (D |S|^2 - tr(S)^2) / (D + 2)` on the sphere.
 
     Raises:
         ArgumentError: unknown kind; the nearest is offered.
@@ -191,9 +191,12 @@ def hutchinson(
     """
     if probes < 1:
         raise ArgumentError(f"probes is {probes}: expected at least 1 random direction")
-    value, total = x, x.new_zeros(x.shape[0])
-    for _ in range(probes):
-        u = probe(kind, x.shape, generator, dtype=x.dtype, device=x.device)
-        value, form = quadratic_form(f, x, u, mode)
-        total = total + form
-    return value, total / probes
+    directions = (probe(kind, x.shape, generator, dtype=x.dtype, device=x.device) for _ in range(probes))
+    if choose(mode, MODES, "differentiation mode") == "forward":
+        value, total = x, x.new_zeros(x.shape[0])
+        for u in directions:
+            value, form = quadratic_form(f, x, u, mode)
+            total = total + form
+        return value, total / probes
+    value, pull = _pullback(f, x)  # one evaluation for all probes
+    return value, torch.stack([_dot(pull(u), u) for u in directions]).mean(0)

@@ -47,7 +47,7 @@ class CheckpointError(RunError):
 
 
 class TrainingError(UndiffuseError):
-    """Training cannot go on (a non-finite loss); what it stopped on has been saved."""
+    """Training cannot go on: a non-finite loss (what it stopped on has been saved), or an energy that diverges."""
 
     exit_code = 5
 

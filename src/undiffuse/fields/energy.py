@@ -197,25 +197,30 @@ class DenoisingScore(nn.Module):
     """The score of a denoiser of one noise level, `s(x) = (D(x) - x) / sigma^2` (Tweedie, eq. 3.3.6).
 
     Args:
-        denoise: x -> D(x), (B, *event); a module's parameters are this module's.
+        denoiser: called as `denoiser(x)`, or `denoiser(x, cond)` where there is a condition; returns D(x), (B, *event).
+            A module's parameters are this module's.
         sigma: standard deviation of the noise it removes.
 
     Raises:
         ArgumentError: sigma <= 0.
     """
 
-    def __init__(self, denoise: Callable[[Tensor], Tensor], sigma: float):
+    def __init__(self, denoiser: Callable[..., Tensor], sigma: float):
         super().__init__()
         if not sigma > 0:
             raise ArgumentError(f"sigma is {sigma}: expected the standard deviation of the noise, > 0")
-        self.denoise, self.sigma = denoise, sigma
+        self.denoiser, self.sigma = denoiser, sigma
 
     def forward(self, x: Event, cond: Cond = None) -> Event:
         return self.score(x, cond)
 
     def score(self, x: Event, cond: Cond = None) -> Event:
         """`(D(x) - x) / sigma^2`."""
-        return (self.denoise(x) - x) / self.sigma**2
+        return (self.denoise(x, cond) - x) / self.sigma**2
+
+    def denoise(self, x: Event, cond: Cond = None) -> Event:
+        """`D(x)`."""
+        return self.denoiser(x) if cond is None else self.denoiser(x, cond)
 
 
 def log_density_ratio(

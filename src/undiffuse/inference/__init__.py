@@ -1,7 +1,6 @@
 """Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
 
 from undiffuse.inference.energies import denoise, out_of_distribution
-from undiffuse.inference.gibbs import BlockGibbs
 from undiffuse.inference.partition import (
     Bracket,
     LogPartition,
@@ -11,7 +10,6 @@ from undiffuse.inference.partition import (
 )
 
 __all__ = [
-    "BlockGibbs",
     "Bracket",
     "LogPartition",
     "annealed_importance_sampling",

