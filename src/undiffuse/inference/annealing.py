@@ -12,7 +12,8 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Generator
 from undiffuse.fields.energy import Energy
-from undiffuse.solvers.markov import Kernel, evaluating
+from undiffuse.solvers.during import evaluating
+from undiffuse.solvers.markov import Kernel
 
 Event = Float[Tensor, "b *event"]
 Cond = Tensor | dict[str, Tensor] | None

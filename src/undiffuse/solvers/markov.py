@@ -7,19 +7,19 @@ A kernel is a frozen value. What it remembers from step to step (a momentum, an 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Generator
 from undiffuse.fields.energy import HasScore
+from undiffuse.solvers.during import denormals_as_zero, evaluating
 
 Event = Float[Tensor, "b *event"]
 PerChain = Float[Tensor, " b"]
@@ -257,41 +257,6 @@ def over_events(rows: Tensor, x: Tensor) -> Tensor:
 def finite_rows(x: Tensor) -> Tensor:
     """(B,): whether all of a row is finite."""
     return torch.isfinite(x.flatten(1)).all(1) if x.ndim > 1 else torch.isfinite(x)
-
-
-@contextmanager
-def evaluating(target: object) -> Iterator[None]:
-    """No gradients, every module of the target in evaluation mode; each is put back as it was."""
-    modules = list(target.modules()) if isinstance(target, nn.Module) else []
-    before = [module for module in modules if module.training]
-    for module in before:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in before:
-            module.training = True
-
-
-@contextmanager
-def denormals_as_zero(x: Tensor) -> Iterator[None]:
-    """On a CPU, numbers too small for full precision (below 1e-38 in float32) are zero; put back as it was.
-
-    A state near one mode gives the others such weights, and arithmetic on them is slow: on an energy of 8 modes in the
-    plane, 10,000 chains, a step takes 0.9 of the time.
-    """
-    before = _denormals_are_zero()
-    change = x.device.type == "cpu" and not before and torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        if change:
-            torch.set_flush_denormal(False)
-
-
-def _denormals_are_zero() -> bool:
-    return float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0.0
 
 
 def _check_counts(steps: int, burn_in: int, thin: int, keep: bool) -> None:

@@ -14,10 +14,11 @@ from undiffuse.core.random import Streams, fresh_seed
 from undiffuse.fields import Denoiser, DenoiserAt, HasScore
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Bound, Cond, Solver
+from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.grids import check_grid, make_grid
 from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
-from undiffuse.solvers.markov import Kernel, evaluating
+from undiffuse.solvers.markov import Kernel
 
 
 @dataclass(frozen=True)
