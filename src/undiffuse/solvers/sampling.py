@@ -112,22 +112,37 @@ def sample(
         )
     times = _times(field.path, chosen, steps, grid)
     start = z if noise is not None else z * float(field.path.sigma(times[0]))
-
-    def run(watch: Callable[[Step], object] | None) -> Tensor:
-        own = Streams(after_start.keys, after_start.draw)
-        draw = lambda: own.normal(sizes, dtype=dtype, device=device)  # noqa: E731
-        return integrate(Bound(field, cond, times), start, times, chosen, draw, corrector=corrector, callback=watch)
-
     record: list[Step] = []
-    with evaluating(field):
-        x = run(_watcher(callback, record) if return_info else callback)
-        # One pass, one number: a sum is finite unless some entry is not (or the sum overflows, settled next).
-        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-            run(_stop_at_first_bad)
+    watch = _watcher(callback, record) if return_info else callback
+    x = _follow_path(Bound(field, cond, times), times, start, chosen, after_start, corrector, watch)
     if not return_info:
         return x
     states, denoised = tuple(r.x for r in record), tuple(r.denoised for r in record)
     return Sample(x, record[-1].nfe, (start, *states), denoised, times, seed)
+
+
+def _follow_path(
+    bound: Bound,
+    times: Tensor,
+    start: Tensor,
+    solver: Solver,
+    streams: Streams,
+    corrector: Corrector | None,
+    watch: Callable[[Step], object] | None,
+) -> Tensor:
+    """The end of the path; where it is not finite, a second run finds the step to name."""
+
+    def run(watching: Callable[[Step], object] | None) -> Tensor:
+        own = Streams(streams.keys, streams.draw)
+        draw = lambda: own.normal(start.shape, dtype=start.dtype, device=start.device)  # noqa: E731
+        return integrate(bound, start, times, solver, draw, corrector=corrector, callback=watching)
+
+    with evaluating(bound.field):
+        x = run(watch)
+        # One pass, one number: a sum is finite unless some entry is not (or the sum overflows, settled next).
+        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+            run(_stop_at_first_bad)
+    return x
 
 
 def _chosen(solver: str | Solver | Kernel) -> Solver | Kernel:
