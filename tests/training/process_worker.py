@@ -57,7 +57,7 @@ def plain(folder):
 
 def chains(folder):
     """An energy with a replay buffer, whose rows all processes must agree on."""
-    from test_energies import Points, energy, persistent
+    from test_train_energies import Points, energy, persistent
 
     model = energy()
     model.net.net[2].p = 0.0
