@@ -142,7 +142,9 @@ class AnnealedLangevin(Solver):
 
     The relative step r = eta / l^2 at level `l = sigma / alpha` is one of three:
 
-    - neither `delta` nor `snr`: the `settled_step` of each level, from its ratio to the level before and K;
+    - neither `delta` nor `snr`: the `settled_step` of each level, from its ratio to the level before and K. It looks at
+      the noise alone: shares of distant modes settle slower (two modes of 0.8 and 0.2 came out as 0.77 in 500 to 1,000
+      calls, and within 0.01 with r = 0.2 to 0.3);
     - `delta`: `eta_l = delta l^2 / l_1^2`, so r = delta / l_1^2 at all levels, l_1 the path's smallest (at its t_low);
     - `snr`: `eta = 2 (snr |z| / |score|)^2` for each draw (Song et al. 2021, algorithm 4), for each sample by itself
       where they take means over the batch, so that a sample does not depend on its neighbours; without their factor
