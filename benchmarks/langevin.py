@@ -21,9 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from undiffuse.fields.energy import FunctionEnergy
-from undiffuse.solvers.compiled import CompiledEnergy
-from undiffuse.solvers.langevin import Langevin
+from undiffuse import FunctionEnergy, Langevin
+from undiffuse.solvers import CompiledEnergy
 
 STEP = 0.01
 ANGLES = torch.arange(8) * (math.pi / 4)

@@ -11,8 +11,7 @@ import torch
 from drawing import BLUE, GREEN, INK, ORANGE, arrows, command, image, lattice, plane, plt, save, sheet
 from torch import Tensor
 
-from undiffuse import GaussianMixture
-from undiffuse.objectives.score_matching import DenoisingScoreMatching
+from undiffuse import DenoisingScoreMatching, GaussianMixture
 
 SIGMA, LIMIT = 0.5, 3.0
 

@@ -12,12 +12,9 @@ from drawing import BLUE, GREEN, INK, MUTED, RED, command, save, sheet
 from fitting import fit
 from torch import Tensor
 
-from undiffuse import GaussianMixture
-from undiffuse.fields.energy import Energy, NetworkEnergy
-from undiffuse.nets.energy import EnergyMLP
-from undiffuse.objectives.contrastive import ContrastiveDivergence
-from undiffuse.objectives.starts import ReplayBuffer
-from undiffuse.solvers.langevin import MALA
+from undiffuse import MALA, ContrastiveDivergence, Energy, GaussianMixture, NetworkEnergy
+from undiffuse.nets import EnergyMLP
+from undiffuse.objectives import ReplayBuffer
 
 GRID = torch.linspace(-8, 8, 1601)[:, None]
 CELL = 0.01

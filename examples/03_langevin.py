@@ -10,9 +10,7 @@ import torch
 from drawing import BLUE, GREEN, INK, MUTED, ORANGE, RED, arrows, command, image, lattice, plane, save, sheet
 from torch import Tensor
 
-from undiffuse import GaussianMixture, Streams
-from undiffuse.oracles.energies import LawEnergy
-from undiffuse.solvers.langevin import Langevin
+from undiffuse import GaussianMixture, Langevin, LawEnergy, Streams
 
 HEAVY, STEP = 0.8, 0.02
 

@@ -12,13 +12,20 @@ from drawing import ORANGE, RED, command, image, lattice, plane, plt, save
 from fitting import fit
 from torch import Tensor
 
-from undiffuse import Denoising, GaussianMixture, NetworkDenoiser, Streams, Tabulated, sample
-from undiffuse.fields.energy import DenoiserAt
+from undiffuse import (
+    AnnealedLangevin,
+    DenoiserAt,
+    Denoising,
+    GaussianMixture,
+    Langevin,
+    NetworkDenoiser,
+    Streams,
+    Tabulated,
+    geometric_levels,
+    sample,
+)
 from undiffuse.nets import MLP
 from undiffuse.objectives.times import Discrete
-from undiffuse.paths.levels import geometric_levels
-from undiffuse.solvers.annealed import AnnealedLangevin
-from undiffuse.solvers.langevin import Langevin
 
 LEVELS, STEPS = 10, 60  # noise levels, Langevin steps at each
 HEAVY = 0.8

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from drawing import INK, ORANGE, arrows, command, contours, image, lattice, plane, save, sheet
 
-from undiffuse import GaussianMixture
-from undiffuse.fields.energy import FunctionEnergy, log_density_ratio
+from undiffuse import FunctionEnergy, GaussianMixture, log_density_ratio
 
 LIMIT = 3.5
 

@@ -10,11 +10,9 @@ import torch
 from drawing import BLUE, HEAT, INK, arrows, command, contours, image, lattice, plane, save, sheet
 from fitting import fit
 
-from undiffuse import GaussianMixture
-from undiffuse.fields.energy import ScoreNetwork
-from undiffuse.metrics.divergences import fisher_divergence
+from undiffuse import GaussianMixture, ImplicitScoreMatching, ScoreNetwork
+from undiffuse.metrics import fisher_divergence
 from undiffuse.nets import MLP
-from undiffuse.objectives.score_matching import ImplicitScoreMatching
 
 LIMIT = 4.0
 
