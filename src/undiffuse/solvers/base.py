@@ -43,7 +43,7 @@ class Solver(ABC):
         stochastic: whether steps draw noise.
     """
 
-    order: ClassVar[int]
+    order: ClassVar[float]
     evals_per_step: ClassVar[int]
     stochastic: ClassVar[bool] = False
 
