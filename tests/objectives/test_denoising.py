@@ -10,6 +10,7 @@ from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Streams
 from undiffuse.fields import PREDICTIONS, NetworkDenoiser
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising, times, weights
+from undiffuse.oracles import Empirical, Gaussian
 from undiffuse.paths import VP, Karras, Linear
 from worlds import PATHS
 
@@ -120,6 +121,41 @@ def test_the_minimiser_is_the_posterior_mean(weight, prediction):
         a, s = path.alpha(t[0]), path.sigma(t[0])
         x = torch.tensor([[1.0]], dtype=F64)
         assert model(x, t[:1]).item() == pytest.approx(float(a * v / (a**2 * v + s**2)), rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_target_of_the_data_has_the_mean_of_the_pairs_gradients(prediction):
+    """Pairs of a labelled data set: the marginal target's gradient is the mean of the conditional one's over x_0 given
+    x_t. At one point x_t, sum over all data with their posterior weights, each written out."""
+    path, data = VP(), torch.tensor([[-1.0], [0.2], [0.5], [2.0]], dtype=F64)
+    labels = torch.tensor([0, 1, 0, 1])
+    t, label = torch.full((2,), 0.4, dtype=F64), 1
+    a, s = path.alpha(t[:1]), path.sigma(t[:1])
+    mine = data[labels == label]
+    x_t = a * 0.3 + s * 0.1
+    noise = (x_t - a * mine) / s
+    weight = torch.softmax(-0.5 * noise.square()[:, 0], 0)
+    model = NetworkDenoiser(Line(0.2), path, prediction)
+    each = Denoising().at(model, mine, t, noise, torch.tensor([label, label]))
+    (expected,) = torch.autograd.grad((weight * each).sum(), model.net.k, retain_graph=True)
+    target = Empirical(data, labels=labels).denoiser(path)
+    losses = Denoising(target=target).at(model, mine, t, noise, torch.tensor([label, label]))
+    first, second = (torch.autograd.grad(loss, model.net.k, retain_graph=True)[0] for loss in losses)
+    assert float(first) == pytest.approx(float(expected), rel=1e-9)
+    assert float(second) == pytest.approx(float(expected), rel=1e-9)  # whichever of the data made x_t
+    apart = [float(torch.autograd.grad(loss, model.net.k, retain_graph=True)[0]) for loss in each]
+    assert abs(apart[0] - apart[1]) > 0.05 * abs(float(expected))
+
+
+def test_a_target_is_on_the_models_path():
+    model, x = NetworkDenoiser(Line(), VP()), torch.zeros(2, 1, dtype=F64)
+    twin = Denoising(target=Gaussian(torch.zeros(1, dtype=F64)).denoiser(VP()))
+    assert twin(model, x, generator=Streams.of(0, 2)).shape == (2,)
+    other = Denoising(target=Gaussian(torch.zeros(1, dtype=F64)).denoiser(Karras()))
+    with pytest.raises(ArgumentError, match=r"the target is on Karras\(.*on_path\(target, model.path\)"):
+        other(model, x, generator=Streams.of(0, 2))
+    assert repr(twin).endswith(", target=LawDenoiser)")
+    assert "target" not in repr(Denoising())
 
 
 def test_time_distributions_have_their_quantiles():

@@ -201,12 +201,41 @@ def test_labels_select_components():
         assert torch.allclose(law.log_prob(x, cond)[row], parts[label].log_prob(x)[row], atol=1e-12)
     drawn = law.sample(3000, Streams.of(1, 3000), cond=torch.ones(3000, dtype=torch.int64))
     assert torch.allclose(drawn.mean(0), parts[1].mean, atol=6 * 0.8 / math.sqrt(3000))
-    with pytest.raises(ArgumentError, match="a label that no component has"):
+    with pytest.raises(ArgumentError, match="cond holds label 5"):
         law.denoiser(VP())(x, 0.3, torch.tensor([5, 0, 0]))
     with pytest.raises(ArgumentError, match="no labels"):
         parts[0].denoiser(VP())(x, 0.3, cond)
     with pytest.raises(ArgumentError, match="no labels"):
         Gaussian(means[0]).denoiser(VP())(x, 0.3, cond)
+
+
+def test_labels_select_data():
+    """Data with noise of std s are a mixture of Gaussians of that std, with the same labels."""
+    data, labels = numbers(11, 2, 3, seed=4), torch.tensor([3, 0, 0, 7, 3, 3, 0, 7, 3, 0, 0])
+    law = Empirical(data, std=0.3, labels=labels)
+    twin = GaussianMixture(data, torch.full((11,), 0.3, dtype=F64), labels=labels)
+    x, cond = numbers(6, 2, 3, seed=5), torch.tensor([7, 0, -1, 3, 0, 7])
+    t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.2, 0.05], dtype=F64)
+    for mine, theirs in (
+        (law.denoiser(VP())(x, t, cond), twin.denoiser(VP())(x, t, cond)),
+        (law.denoiser(VP()).noise(x, 0.4, cond), twin.denoiser(VP()).noise(x, 0.4, cond)),
+        (law.log_prob(x, cond), twin.log_prob(x, cond)),
+        (law.posterior_covariance(x, VP(), t, cond), twin.posterior_covariance(x, VP(), t, cond)),
+        (law.perturbed(VP(), 0.4).log_prob(x, cond), twin.perturbed(VP(), 0.4).log_prob(x, cond)),
+        (law.log_prob(x), twin.log_prob(x)),
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    points = Empirical(data, labels=labels)
+    drawn = points.sample(4000, Streams.of(1, 4000), cond=torch.tensor([0, 7]).repeat(2000)).reshape(2000, 2, 6)
+    for k, label in enumerate((0, 7)):
+        rows = data[labels == label].reshape(-1, 6)
+        share = (drawn[:, k, None] == rows).all(-1).double().mean(0)
+        assert float(share.sum()) == 1.0
+        assert torch.allclose(share, torch.full_like(share, 1 / len(rows)), atol=4 * 0.5 / math.sqrt(2000))
+    with pytest.raises(ArgumentError, match=r"cond holds label 1; labels: \[0, 3, 7\], -1 for all"):
+        law.log_prob(x, torch.tensor([0, 1, 0, 0, 0, 0]))
+    with pytest.raises(ArgumentError, match="no labels"):
+        Empirical(data).denoiser(VP())(x, t, cond)
 
 
 def test_mode_weights_of_draws():
@@ -232,6 +261,8 @@ def test_mode_weights_of_draws():
         (lambda: GaussianMixture(torch.zeros(2, 2), torch.ones(2), labels=torch.tensor([-1, 1])), "labels"),
         (lambda: Empirical(torch.zeros(0, 2)), "rows of data"),
         (lambda: Empirical(torch.zeros(1, 2), std=-1.0), "std >= 0"),
+        (lambda: Empirical(torch.zeros(2, 2), labels=torch.tensor([0, -1])), "integers >= 0; given .* least -1"),
+        (lambda: Empirical(torch.zeros(2, 2), labels=torch.tensor([0])), "2 integers"),
         (lambda: Empirical(torch.zeros(1, 2)).log_prob(torch.zeros(1, 2)), "no density"),
         (lambda: Gaussian(torch.zeros(2)).log_prob(torch.zeros(4, 3)), "expected floats of shape"),
         (lambda: Gaussian(torch.zeros(2)).perturbed(VP(), 1.5), "outside the path"),

@@ -86,6 +86,38 @@ def test_every_recipe_takes_a_step_that_lowers_its_loss(name, tmp_path):
     assert float((before - loss()).detach()) == pytest.approx(rate * size, rel=0.1)
 
 
+def test_a_marginal_target_knows_the_training_data():
+    recipe = ud.load_recipe("digits", overrides("digits"))
+    dataset = recipe.data()
+    x, label = dataset.batch(torch.arange(len(dataset)))
+    target = recipe.objective().target
+    t = torch.tensor(80.0)  # so noisy that the mean is that of the class
+    guess = target(80.0 * torch.ones(1, 1, 8, 8) / 1e3, t, torch.tensor([3]))
+    torch.testing.assert_close(guess[0], x[label == 3].mean(0), atol=2e-3, rtol=0)
+    plain = ud.load_recipe("digits", [*overrides("digits"), "objective.target=conditional"])
+    assert plain.objective(dataset).target is None
+    assert "target" not in plain.to_dict()["objective"]
+    assert recipe.to_dict()["objective"]["target"] == "marginal"
+
+
+def test_a_marginal_target_on_every_path(tmp_path):
+    for name in DENOISERS:
+        chosen = [*overrides(name, data_of(name, tmp_path)), "objective.target=marginal", "data.flip=false"]
+        recipe = ud.load_recipe(name, chosen)
+        dataset = recipe.data()
+        x, cond = dataset.batch(torch.arange(4))
+        losses = recipe.objective(dataset)(recipe.model(dataset), x, cond, ud.Streams.of(1, 4))
+        assert bool(torch.isfinite(losses).all())
+
+
+def test_a_marginal_target_refuses_mirrored_images():
+    recipe = ud.load_recipe("digits", [*overrides("digits"), "data.flip=true"])
+    with pytest.raises(RecipeError, match=r"'marginal' with data.flip: .* set objective.target to \"conditional\""):
+        recipe.objective()
+    with pytest.raises(RecipeError, match=r"objective\.target = 'margin'"):
+        ud.load_recipe("digits", ["objective.target=margin"])
+
+
 def test_the_data_fill_in_the_network():
     recipe = ud.load_recipe("digits", overrides("digits"))
     assert recipe.settings.facts is None

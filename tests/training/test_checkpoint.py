@@ -18,7 +18,7 @@ from training_toys import fingerprint, tiny_model, train
 from undiffuse.core.errors import CheckpointError, RunError
 from undiffuse.training import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from undiffuse.training import checkpoint as checkpoint_module
-from undiffuse.training.state import restore_module, restore_optimizer
+from undiffuse.training.state import restore_module, restore_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_optimizer_state_that_does_not_fit_is_named():
     optimizer = torch.optim.Adam(model.parameters())
     for key, shape in (("net.nothing/exp_avg", (2,)), ("net.last.bias/exp_avg", (3,))):
         with pytest.raises(CheckpointError, match="fits no parameter"):
-            restore_optimizer(optimizer, names, {key: torch.zeros(shape)}, Path("optimizer.safetensors"))
+            restore_optimizers([optimizer], names, {key: torch.zeros(shape)}, Path("optimizer.safetensors"))
 
 
 def test_failed_restore_says_so_before_anything_is_copied():

@@ -7,7 +7,7 @@ import torch
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.training import TrainConfig
-from undiffuse.training.optim import clip_gradients, learning_rate, make_optimizer
+from undiffuse.training.optim import clip_gradients, learning_rate, make_optimizers
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from undiffuse.training.optim import clip_gradients, learning_rate, make_optimiz
         ({"lr": 0.0}, r"training\.lr is 0\.0: expected a number > 0"),
         ({"lr": math.nan}, r"training\.lr is nan"),
         ({"lr": math.inf}, r"training\.lr is inf"),
-        ({"optimizer": "adamww"}, r"'adamww': expected adam or adamw\. Did you mean 'adamw'"),
+        ({"optimizer": "adamww"}, r"'adamww': expected adam or adamw or muon\. Did you mean 'adamw'"),
         ({"schedule": "cosin"}, "Did you mean 'cosine'"),
         ({"precision": "fp16"}, "'fp16': expected fp32 or bf16"),
         ({"betas": (0.9, 1.0)}, r"training\.betas is 1\.0: expected two numbers in \[0, 1\)"),
@@ -84,7 +84,8 @@ def test_decoupled_weight_decay():
     for name, expected in (("adamw", 2.0 * (1 - 0.1 * 0.5)), ("adam", 2.0 - 0.1)):
         p = torch.nn.Parameter(torch.tensor([2.0]))
         frozen = torch.nn.Parameter(torch.tensor([2.0]), requires_grad=False)
-        optimizer = make_optimizer([p, frozen], TrainConfig(optimizer=name, lr=0.1, weight_decay=0.5))
+        module = torch.nn.ParameterList([p, frozen])
+        (optimizer,) = make_optimizers(module, TrainConfig(optimizer=name, lr=0.1, weight_decay=0.5))
         p.grad = torch.zeros(1)
         optimizer.step()
         assert float(p.detach()) == pytest.approx(expected, rel=1e-6)

@@ -53,6 +53,26 @@ def test_interrupted_run_is_bit_identical(tmp_path, whole, stops):
     assert all(torch.equal(average[name], expected[name]) for name in expected)
 
 
+def test_muon_goes_on_bit_for_bit(tmp_path, whole):
+    for folder, stops in (("once", ()), ("twice", (9,))):
+        for at in stops:
+            with pytest.raises(Interrupted):
+                train(tmp_path / folder, loader=FailingLoader(at), optimizer="muon", precision="bf16")
+        train(tmp_path / folder, optimizer="muon", precision="bf16")
+    assert fingerprint(tmp_path / "once") == fingerprint(tmp_path / "twice")
+    assert fingerprint(tmp_path / "once") != fingerprint(whole)
+    kept = load_checkpoint(tmp_path / "once").tensors("optimizer")
+    assert set(kept) == {
+        "model.net.first.weight/momentum",
+        "model.net.last.weight/momentum",
+        *(
+            f"model.net.{p}/{q}"
+            for p in ("labels.weight", "first.bias", "last.bias")
+            for q in ("step", "exp_avg", "exp_avg_sq")
+        ),
+    }
+
+
 def test_checkpoints_between_log_lines_keep_the_open_window(tmp_path, whole):
     """Step 4 lies inside the window 4..6: its mean must contain what came before the interruption."""
     with pytest.raises(Interrupted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Self
 
 import torch
@@ -121,6 +122,20 @@ def scales_of(path: Path, t: Time, flat: Float[Tensor, "b d"]) -> tuple[Tensor, 
     path.check_time(time)
     alpha, sigma = path.alpha(time), path.sigma(time)
     return (alpha[:, None], sigma[:, None]) if time.ndim else (alpha, sigma)
+
+
+def check_labels(cond: Cond, rows: int, known: Collection[int]) -> Tensor:
+    """`cond` as labels that are known, one for each row of x; -1 is all.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if not isinstance(cond, Tensor) or cond.shape != (rows,) or cond.is_floating_point():
+        raise ArgumentError(f"cond must be an integer tensor of shape ({rows},), one label for each row of x")
+    strange = sorted(set(cond.tolist()) - {-1, *known})
+    if strange:
+        raise ArgumentError(f"cond holds label {strange[0]}; labels: {sorted({*known} - {-1})}, -1 for all")
+    return cond
 
 
 class LawDenoiser(Denoiser):

@@ -12,7 +12,7 @@ from torch import Tensor
 from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Generator
-from undiffuse.oracles.law import Cond, Event, Law
+from undiffuse.oracles.law import Cond, Event, Law, check_labels
 
 
 class GaussianMixture(Law):
@@ -89,11 +89,8 @@ class GaussianMixture(Law):
             return self.log_weights[None]
         if self.labels is None:
             raise ArgumentError("this mixture has no labels: cond must be None")
-        if not isinstance(cond, Tensor) or cond.shape != (rows,) or cond.is_floating_point():
-            raise ArgumentError(f"cond must be an integer tensor of shape ({rows},), one label for each row of x")
-        seen = (cond[:, None] == self.labels) | (cond[:, None] < 0)
-        if not bool(seen.any(1).all()):
-            raise ArgumentError(f"cond holds a label that no component has; labels: {self.labels.tolist()}, -1 for all")
+        labels = check_labels(cond, rows, self.labels.tolist())
+        seen = (labels[:, None] == self.labels) | (labels[:, None] < 0)
         return torch.where(seen, self.log_weights, -torch.inf).log_softmax(1)
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,6 +47,16 @@ class Tabulated(Path):
         family = "from_betas" if self.variance_preserving else "from_sigmas"
         return f"Tabulated.{family}(<{len(self.table)} levels>)"
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Tabulated)
+            and self.variance_preserving == other.variance_preserving
+            and torch.equal(self.table, other.table)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.variance_preserving, *self.table.tolist()))
+
     @classmethod
     def from_betas(cls, betas: Tensor) -> Tabulated:
         """DDPM's chain: `alpha_i^2 = prod_{j <= i} (1 - beta_j)` (Ho et al. 2020), step variances beta in (0, 1]."""

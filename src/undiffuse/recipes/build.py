@@ -15,6 +15,7 @@ from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.metrics import METRICS
 from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
+from undiffuse.oracles import Empirical
 from undiffuse.paths import PATHS, Path, Tabulated
 from undiffuse.recipes import energies
 from undiffuse.recipes.arguments import argument_names, complete
@@ -122,15 +123,32 @@ def path(settings: Settings) -> Path:
     return make(ALL_PATHS, settings.path, "path", "path")
 
 
-def objective(settings: Settings) -> Any:
-    """The objective."""
+def objective(settings: Settings, dataset: Any = None) -> Any:
+    """The objective; where it aims at means of the training data, only if they are given."""
     choice = settings.objective
     if not isinstance(choice, ObjectiveSection):
         return energies.objective(settings)
+    marginal = choice.target == "marginal" and dataset is not None
     return Denoising(
         time=make(TIMES, choice.time, "time distribution", "objective.time"),
         weight=make(WEIGHTS, choice.weight, "weight", "objective.weight"),
+        target=_law(settings, dataset).denoiser(path(settings)) if marginal else None,
     )
+
+
+def _law(settings: Settings, dataset: Any) -> Empirical:
+    """The training data as a law.
+
+    Raises:
+        RecipeError: they are not all there at once, or vary from epoch to epoch.
+    """
+    hint = 'set objective.target to "conditional"'
+    if settings.data["flip"]:
+        raise RecipeError(f"objective.target = 'marginal' with data.flip: mirrored images are not in the data; {hint}")
+    if dataset.cond_dim is not None or not hasattr(dataset, "batch"):
+        raise RecipeError(f"objective.target = 'marginal' takes data that are no stream, with labels or none; {hint}")
+    x, labels = dataset.batch(torch.arange(len(dataset)))
+    return Empirical(x, labels=labels)
 
 
 def train_config(settings: Settings) -> TrainConfig:

@@ -66,7 +66,7 @@ def train(
     with join(place, config.timeout) as world:
         dataset = recipe.data(progress=on_data)
         recipe = recipe.resolved(dataset)
-        model, objective = recipe.model(), recipe.objective()
+        model, objective = recipe.model(), recipe.objective(dataset)
         loader = Loader(
             dataset,
             config.batch,

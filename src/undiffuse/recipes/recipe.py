@@ -13,7 +13,7 @@ from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.paths import Path
 from undiffuse.recipes import build
 from undiffuse.recipes.energies import is_energy
-from undiffuse.recipes.schema import Settings, parse_settings
+from undiffuse.recipes.schema import ObjectiveSection, Settings, parse_settings
 from undiffuse.recipes.text import dump_tree
 from undiffuse.training import TrainConfig
 
@@ -73,13 +73,19 @@ class Recipe:
         """
         return build.path(self.settings)
 
-    def objective(self) -> Any:
+    def objective(self, dataset: Any = None) -> Any:
         """What training minimises. One that keeps chains has their number and size, from the data's facts.
 
+        Args:
+            dataset: the training data, where they are loaded already. `objective.target: marginal` loads them else.
+
         Raises:
-            RecipeError: a replay buffer that is larger than memory.
+            RecipeError: a replay buffer that is larger than memory; a marginal target on a stream or mirrored images.
         """
-        return build.objective(self.settings)
+        choice = self.settings.objective
+        if dataset is None and isinstance(choice, ObjectiveSection) and choice.target == "marginal":
+            dataset = self.data()
+        return build.objective(self.settings, dataset)
 
     def train_config(self) -> TrainConfig:
         """The numbers of training."""

@@ -76,10 +76,19 @@ class EnergySection(Section):
 
 
 class ObjectiveSection(Section):
-    """Denoising: where training looks (`time`) and how much it cares (`weight`)."""
+    """Denoising: where training looks (`time`), how much it cares (`weight`), and at what it aims (`target`).
+
+    "conditional": the image that was noised. "marginal": the mean of all training images of its class that it may
+    have been, which asks for them in memory and costs a product of the batch with them at each step.
+    """
 
     time: Choice = _choice("uniform")
     weight: Choice = _choice("simple")
+    target: Literal["conditional", "marginal"] = "conditional"
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, write: Any) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if (key, value) != ("target", "conditional")}
 
 
 # Sections of which there are several kinds: how their values tell which.

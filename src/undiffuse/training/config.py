@@ -11,7 +11,7 @@ from undiffuse.core.errors import ArgumentError, nearest
 Number = int | float
 
 # What each named choice may be.
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "muon")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 TRACKERS = ("tensorboard", "wandb")
@@ -26,8 +26,9 @@ class TrainConfig:
         batch: global batch, the same for any number of processes.
         micro_batch: most samples that one process puts through the network at once; None: its whole share.
         lr: learning rate after warm-up.
-        optimizer: "adam" or "adamw" (decoupled weight decay; with "adam" it is an L2 term of the gradient).
-        betas, eps, weight_decay: the optimiser's.
+        optimizer: "adam", "adamw" (decoupled weight decay; with "adam" it is an L2 term of the gradient), or "muon"
+            (orthogonalised momentum for matrices and convolutions, AdamW for the rest, at one rate).
+        betas, eps, weight_decay: the optimiser's; Muon's momentum is the first of `betas`.
         warmup: steps over which the rate grows linearly from lr / warmup to lr.
         schedule: "constant", or "cosine" down to 0 at `steps`.
         clip: largest norm of the gradient; None: not clipped. The norm is logged either way.

@@ -16,13 +16,13 @@ from undiffuse.training.config import TrainConfig
 from undiffuse.training.distributed import World
 from undiffuse.training.ema import WeightAverages, averages
 from undiffuse.training.losses import Losses, LossModule, joined
-from undiffuse.training.optim import Scalar, clip_gradients, learning_rate, make_optimizer, set_rate
+from undiffuse.training.optim import Scalar, clip_gradients, learning_rate, make_optimizers, move
 from undiffuse.training.precision import autocast, prepare_model
 from undiffuse.training.state import (
     module_tensors,
     optimizer_tensors,
     restore_module,
-    restore_optimizer,
+    restore_optimizers,
     restore_tensors,
 )
 
@@ -48,7 +48,7 @@ class Learner:
         losses = LossModule(model, objective).train()
         self.losses = world.wrap(losses)
         self.names = {p: n for n, p in losses.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.names, config)
+        self.optimizers = make_optimizers(losses, config)
         self.averages = WeightAverages(model, averages(config))
         self._checked_use = world.size == 1
 
@@ -104,9 +104,7 @@ class Learner:
 
     def update(self, k: int) -> None:
         """Move the weights along the gradient, and the averages after them."""
-        set_rate(self.optimizer, learning_rate(self.config, k))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        move(self.optimizers, learning_rate(self.config, k))
         self.averages.update(k + 1)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
@@ -114,7 +112,7 @@ class Learner:
         files = {
             "model": module_tensors(self.model),
             "ema": self.averages.tensors(),
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
+            "optimizer": optimizer_tensors(self.optimizers, self.names),
             "objective": module_tensors(self.objective),
         }
         return {name: content for name, content in files.items() if content}
@@ -131,4 +129,6 @@ class Learner:
             restore_module(self.objective, checkpoint.tensors("objective"), place / "objective.safetensors")
         if self.averages.kinds:
             restore_tensors(self.averages.tensors(), checkpoint.tensors("ema"), place / "ema.safetensors")
-        restore_optimizer(self.optimizer, self.names, checkpoint.tensors("optimizer"), place / "optimizer.safetensors")
+        restore_optimizers(
+            self.optimizers, self.names, checkpoint.tensors("optimizer"), place / "optimizer.safetensors"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,18 +34,21 @@ def restore_module(module: nn.Module, tensors: Tensors, source: Path) -> None:
     _copy_all(module_tensors(module), tensors, source)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's state under "<name of the parameter>/<quantity>"; empty before the first step."""
+def optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """The optimisers' state under "<name of the parameter>/<quantity>"; empty before the first step."""
     return {
         f"{name}/{quantity}": value
+        for optimizer in optimizers
         for parameter, name in names.items()
         for quantity, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 @torch.no_grad()
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Tensors, source: Path
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str], tensors: Tensors, source: Path
 ) -> None:
     """Inverse of `optimizer_tensors`. Moments take the memory format of their parameter, as a fresh optimiser's do.
 
@@ -53,6 +56,7 @@ def restore_optimizer(
         CheckpointError: state of an unknown parameter, or of another shape than the parameter.
     """
     by_name = {name: parameter for parameter, name in names.items()}
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, value in tensors.items():
         name, quantity = key.rsplit("/", 1)
         parameter = by_name.get(name)
@@ -60,7 +64,7 @@ def restore_optimizer(
             raise CheckpointError(f"{source} has '{key}' of shape {tuple(value.shape)}, which fits no parameter")
         # A 0-dimensional state is Adam's step count; fused kernels want it on the parameter's device.
         like = parameter if value.ndim > 0 or parameter.ndim == 0 else torch.empty((), device=parameter.device)
-        optimizer.state[parameter][quantity] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        owner[parameter].state[parameter][quantity] = torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def restore_tensors(target: Tensors, tensors: Tensors, source: Path) -> None:
