@@ -16,7 +16,7 @@ from undiffuse.metrics import METRICS
 from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
 from undiffuse.oracles import Empirical
-from undiffuse.paths import PATHS, Path, Tabulated
+from undiffuse.paths import PATHS, Path, Tabulated, geometric_levels
 from undiffuse.recipes import energies
 from undiffuse.recipes.arguments import argument_names, complete
 from undiffuse.recipes.schema import EnergySection, FactsSection, ObjectiveSection, Settings
@@ -38,8 +38,7 @@ def betas(levels: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tabula
 
 def sigmas(levels: int = 232, smallest: float = 0.01, largest: float = 50.0) -> Tabulated:
     """NCSN's chain with geometric noise levels (Song and Ermon 2020, technique 2; 232 levels on CIFAR-10)."""
-    ends = torch.log(torch.tensor([smallest, largest], dtype=torch.float64))
-    return Tabulated.from_sigmas(torch.exp(torch.linspace(float(ends[0]), float(ends[1]), levels).double()))
+    return Tabulated.from_sigmas(geometric_levels(smallest, largest, levels))
 
 
 ALL_PATHS: dict[str, Callable[..., Path]] = {**PATHS, "tabulated-betas": betas, "tabulated-sigmas": sigmas}
