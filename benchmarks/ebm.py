@@ -61,9 +61,17 @@ def grey(place: str, n: int) -> Tensor:
 
 
 def mnist(run: ud.Run, cifar: str, n: int = 2000) -> dict[str, float]:
-    """AUROC of the run's energy, held-out digits against strangers."""
-    energy = run.energy()
-    digits, _ = data(run.recipe.settings, "held-out").batch(torch.arange(n))
+    """AUROC of the run's energy, held-out digits against strangers; of one with labels, summed over them."""
+    energy: Energy = run.energy()
+    settings = run.recipe.settings
+    if settings.model.conditional:
+        assert isinstance(settings.objective, dict)
+        assert settings.facts is not None
+        assert settings.facts.num_classes is not None
+        energy = ud.MarginalEnergy(
+            ud.TemperedEnergy(energy, settings.objective["temperature"]), settings.facts.num_classes
+        )
+    digits, _ = data(settings, "held-out").batch(torch.arange(n))
     strangers = {
         "uniform noise": 2 * torch.rand(digits.shape, generator=torch.Generator().manual_seed(0)) - 1,
         "turned by 90 degrees": torch.rot90(digits, 1, (2, 3)),

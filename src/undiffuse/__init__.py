@@ -22,9 +22,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "geometric_levels", "levels_from_data",
     ),
     "undiffuse.fields": (
-        "Denoiser", "DenoiserAt", "DenoisingScore", "Energy", "FunctionEnergy", "MixtureEnergy", "NetworkDenoiser",
-        "NetworkEnergy", "ProductEnergy", "ScoreNetwork", "TemperedEnergy", "log_density_ratio", "on_path",
-        "posterior_covariance", "posterior_mean",
+        "Denoiser", "DenoiserAt", "DenoisingScore", "Energy", "FunctionEnergy", "MarginalEnergy", "MixtureEnergy",
+        "NetworkDenoiser", "NetworkEnergy", "ProductEnergy", "ScoreNetwork", "TemperedEnergy", "log_density_ratio",
+        "on_path", "posterior_covariance", "posterior_mean",
     ),
     "undiffuse.objectives": (
         "SURE", "ConcreteScoreMatching", "ContrastiveDivergence", "Denoising", "DenoisingScoreMatching",
@@ -84,6 +84,7 @@ __all__ = [
     "Langevin",
     "LawEnergy",
     "Linear",
+    "MarginalEnergy",
     "MixtureEnergy",
     "NetworkDenoiser",
     "NetworkEnergy",
@@ -158,6 +159,7 @@ if TYPE_CHECKING:
         DenoisingScore,
         Energy,
         FunctionEnergy,
+        MarginalEnergy,
         MixtureEnergy,
         NetworkDenoiser,
         NetworkEnergy,

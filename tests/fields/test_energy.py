@@ -14,6 +14,7 @@ from undiffuse.fields.energy import (
     Energy,
     FunctionEnergy,
     HasScore,
+    MarginalEnergy,
     MixtureEnergy,
     NetworkEnergy,
     ProductEnergy,
@@ -261,3 +262,20 @@ def test_an_energy_network_of_a_wrong_shape_is_refused(shape):
 def test_wrong_arguments_are_refused(match, call):
     with pytest.raises(ArgumentError, match=match):
         call()
+
+
+def test_a_marginal_energy_sums_over_the_labels():
+    """Components with two labels: exp(-E(x, y)) = p(y) p(x | y), and the marginal is the mixture's own density."""
+
+    class Joint(Energy):
+        def forward(self, x, cond=None):
+            share = torch.stack([MIXTURE.weights[MIXTURE.labels == k].sum() for k in range(2)])
+            return -share[cond].log() - MIXTURE.log_prob(x, cond)
+
+    x = drawn(5, 6, 2, 2)
+    torch.testing.assert_close(MarginalEnergy(Joint(), 2)(x), -MIXTURE.log_prob(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(MarginalEnergy(Joint(), 2).score(x), MIXTURE.score(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ArgumentError, match="cond must be None"):
+        MarginalEnergy(Joint(), 2)(x, torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ArgumentError, match="num_classes is 0"):
+        MarginalEnergy(Joint(), 0)

@@ -132,6 +132,31 @@ class MixtureEnergy(Energy):
         return -torch.logsumexp(stacked + self.log_weights.to(stacked), 1)
 
 
+class MarginalEnergy(Energy):
+    """`E(x) = -log sum_k exp(-E(x, k))`, the law of x where exp(-E(x, y)) is that of x with its label y.
+
+    Args:
+        energy: with a label as condition.
+        num_classes: K, the labels being 0 ... K - 1.
+
+    Raises:
+        ArgumentError: num_classes < 1; at the call, a condition.
+    """
+
+    def __init__(self, energy: Energy, num_classes: int):
+        super().__init__()
+        if num_classes < 1:
+            raise ArgumentError(f"num_classes is {num_classes}: expected at least 1")
+        self.energy, self.num_classes = energy, num_classes
+
+    def forward(self, x: Event, cond: Cond = None) -> PerSample:
+        if cond is not None:
+            raise ArgumentError("a marginal energy sums over all labels: cond must be None")
+        labels = torch.arange(self.num_classes, device=x.device).repeat(len(x))
+        energies = self.energy(x.repeat_interleave(self.num_classes, 0), labels)
+        return -torch.logsumexp(-energies.reshape(len(x), self.num_classes), 1)
+
+
 class TemperedEnergy(Energy):
     """`E / T`: the density to the power 1 / T.
 
