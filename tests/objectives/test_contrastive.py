@@ -109,50 +109,6 @@ def test_penalty_and_data_noise():
     assert abs(loss.mean() - d**2 / 2) < error < 0.01 * d**2 / 2
 
 
-class Classes(Energy):
-    """E(x, k) = (x - m_k)^2 / (2 s_k^2) + b_k."""
-
-    def __init__(self, b):
-        super().__init__()
-        self.m, self.s = torch.tensor([-1.0, 0.5, 1.5], dtype=F64), torch.tensor([0.5, 0.8, 1.1], dtype=F64)
-        self.b = nn.Parameter(torch.tensor(b, dtype=F64))
-
-    def forward(self, x, cond=None):
-        return (x[:, 0] - self.m[cond]).square() / (2 * self.s[cond].square()) + self.b[cond]
-
-
-def test_classifying_is_the_cross_entropy_of_the_labels():
-    x, label = torch.randn(5, 1, generator=generator(3), dtype=F64), torch.tensor([2, 0, 1, 1, 0])
-    model = Classes([0.3, -0.2, 0.7])
-    objective = ContrastiveDivergence(Still(), 1, penalty=0.0, classify=0.6, temperature=0.3, num_classes=3)
-    energies = (x - model.m).square() / 2 / model.s**2 + model.b
-    expected = 0.3 * nn.functional.cross_entropy(-energies / 0.3, label, reduction="none")
-    got = objective(model, x, label)  # the chains stay at the data: the rest cancels
-    torch.testing.assert_close(got, 0.6 * expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("off", [0.0, 0.01])
-def test_classifying_finds_how_the_classes_are_normalised(off):
-    """Least where exp(-E(x, k)) is the density of class k: b_k = log s_k, up to what they share. By quadrature."""
-    grid = torch.linspace(-9, 11, 4001, dtype=F64)
-    right = torch.tensor([0.5, 0.8, 1.1], dtype=F64).log() + 0.3
-    model = Classes((right + torch.tensor([off, 0.0, 0.0])).tolist())
-    objective = ContrastiveDivergence(Still(), 1, penalty=0.0, classify=1.0, num_classes=3)
-    total = 0.0
-    for k in range(3):
-        density = torch.distributions.Normal(model.m[k], model.s[k]).log_prob(grid).exp()
-        total = total + (density * objective(model, grid[:, None], torch.full((4001,), k))).sum() * (20 / 4000)
-    slope = float(torch.autograd.grad(total, model.b)[0][0])
-    assert slope == pytest.approx(0.0, abs=1e-9) if off == 0 else slope > 1e-3
-
-
-def test_classifying_asks_for_labels():
-    x = torch.zeros(2, 1, dtype=F64)
-    for k, cond in ((3, None), (None, torch.tensor([0, 1])), (3, torch.tensor([0, -1]))):
-        with pytest.raises(ArgumentError, match="expected the number of classes and a label for every sample"):
-            ContrastiveDivergence(Still(), 1, classify=1.0, num_classes=k)(Classes([0.0] * 3), x, cond)
-
-
 class Net(Energy):
     """With all that the negative phase must not disturb: dropout, a frozen parameter, a part in evaluation mode."""
 

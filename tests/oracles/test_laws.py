@@ -225,6 +225,11 @@ def test_labels_select_data():
         (law.log_prob(x), twin.log_prob(x)),
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    one = torch.tensor([0.3], dtype=F64)
+    torch.testing.assert_close(law.denoiser(VP())(x, one, cond), twin.denoiser(VP())(x, 0.3, cond), rtol=1e-9, atol=0)
+    # A point without a label is one that a row without a label sees.
+    some = Empirical(data, std=0.3, labels=labels.where(labels != 7, torch.tensor(-1)))
+    torch.testing.assert_close(some.log_prob(x[2:5], cond[2:5]), law.log_prob(x[2:5], cond[2:5]))
     points = Empirical(data, labels=labels)
     drawn = points.sample(4000, Streams.of(1, 4000), cond=torch.tensor([0, 7]).repeat(2000)).reshape(2000, 2, 6)
     for k, label in enumerate((0, 7)):
@@ -261,8 +266,11 @@ def test_mode_weights_of_draws():
         (lambda: GaussianMixture(torch.zeros(2, 2), torch.ones(2), labels=torch.tensor([-1, 1])), "labels"),
         (lambda: Empirical(torch.zeros(0, 2)), "rows of data"),
         (lambda: Empirical(torch.zeros(1, 2), std=-1.0), "std >= 0"),
-        (lambda: Empirical(torch.zeros(2, 2), labels=torch.tensor([0, -1])), "integers >= 0; given .* least -1"),
-        (lambda: Empirical(torch.zeros(2, 2), labels=torch.tensor([0])), "2 integers"),
+        (
+            lambda: Empirical(torch.zeros(2, 2), labels=torch.tensor([0, -2])),
+            "2 integers >= -1; given torch.int64, shape",
+        ),
+        (lambda: Empirical(torch.zeros(2, 2), labels=torch.zeros(0)), r"2 integers .* shape \(0,\)"),
         (lambda: Empirical(torch.zeros(1, 2)).log_prob(torch.zeros(1, 2)), "no density"),
         (lambda: Gaussian(torch.zeros(2)).log_prob(torch.zeros(4, 3)), "expected floats of shape"),
         (lambda: Gaussian(torch.zeros(2)).perturbed(VP(), 1.5), "outside the path"),

@@ -112,6 +112,10 @@ def test_tables_pass_through_their_levels():
     close(path.alpha(t).square() + path.sigma(t).square(), torch.ones(1000, dtype=F64))
     sigmas = torch.logspace(-2, 1, 10, dtype=F64)
     close(Tabulated.from_sigmas(sigmas).sigma(torch.arange(1, 11, dtype=F64) / 10), sigmas, rtol=1e-8)
+    assert (
+        Tabulated.from_sigmas(sigmas) == Tabulated.from_sigmas(sigmas.clone()) != Tabulated.from_sigmas(1.01 * sigmas)
+    )
+    assert hash(Tabulated.from_sigmas(sigmas)) == hash(Tabulated.from_sigmas(sigmas.clone()))
     # Linear in the half log-SNR between two levels: the geometric mean of the sigmas half-way.
     close(
         Tabulated.from_sigmas(sigmas).sigma(torch.tensor([0.25], dtype=F64)),

@@ -111,11 +111,16 @@ def test_a_marginal_target_on_every_path(tmp_path):
 
 
 def test_a_marginal_target_refuses_mirrored_images():
-    recipe = ud.load_recipe("digits", [*overrides("digits"), "data.flip=true"])
     with pytest.raises(RecipeError, match=r"'marginal' with data.flip: .* set objective.target to \"conditional\""):
-        recipe.objective()
+        ud.load_recipe("digits", [*overrides("digits"), "data.flip=true"])
     with pytest.raises(RecipeError, match=r"objective\.target = 'margin'"):
         ud.load_recipe("digits", ["objective.target=margin"])
+
+
+def test_a_marginal_target_needs_its_data_in_memory(monkeypatch):
+    monkeypatch.setattr("undiffuse.recipes.build.free_memory", lambda: 1000)
+    with pytest.raises(RecipeError, match=r"keeps the data in memory: 0\.0006\d+ GiB, of which .* are free; set"):
+        ud.load_recipe("digits", overrides("digits")).objective()
 
 
 def test_the_data_fill_in_the_network():

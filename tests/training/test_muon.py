@@ -8,7 +8,7 @@ from torch import nn
 from training_toys import tiny_model
 
 from undiffuse.training import TrainConfig
-from undiffuse.training.optim import Muon, make_optimizers, orthogonalise
+from undiffuse.training.optim import Muon, make_optimizers, move, orthogonalise
 
 F64 = torch.float64
 
@@ -36,6 +36,16 @@ def test_singular_values_end_near_one():
     assert 0.68 < largest.min() < 0.69
     assert 1.15 < largest.max() < 1.16
     assert orthogonalise(torch.zeros(1, 2, 3)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_fades_out_leaves_numbers(dtype):
+    matrices = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-10, 1e-18, 1e-25, 1e-40):
+        found = orthogonalise((scale * matrices).to(dtype)).float()
+        assert bool(torch.isfinite(found).all())
+        assert found.abs().max() < 1.2
+    assert torch.linalg.svdvals(orthogonalise(1e-10 * matrices)).min() > 0.1
 
 
 def test_two_steps_of_a_matrix_and_of_the_convolution_that_it_is():
@@ -70,7 +80,8 @@ def test_a_step_is_as_large_as_adams():
 def test_matrices_are_its_own_and_the_rest_is_adams():
     model = tiny_model()
     model.net.first.bias.requires_grad_(False)
-    muon, adam = make_optimizers(model, TrainConfig(optimizer="muon", lr=0.3, betas=(0.8, 0.9), precision="bf16"))
+    config = TrainConfig(optimizer="muon", lr=0.3, betas=(0.8, 0.9), weight_decay=0.1, precision="bf16")
+    muon, adam = make_optimizers(model, config)
     names = {p: n for n, p in model.named_parameters()}
 
     def moved(optimizer):
@@ -80,8 +91,23 @@ def test_matrices_are_its_own_and_the_rest_is_adams():
     assert muon.precision == torch.bfloat16
     assert moved(muon) == ["net.first.weight", "net.last.weight"]
     assert moved(adam) == ["net.labels.weight", "net.last.bias"]
+    assert muon.param_groups[0]["weight_decay"] == adam.param_groups[0]["weight_decay"] == 0.1
     assert muon.param_groups[0]["momentum"] == 0.8
     assert muon.param_groups[0]["lr"] == 0.3
     (only,) = make_optimizers(nn.Linear(2, 3, bias=False), TrainConfig(optimizer="muon"))
     assert isinstance(only, Muon)
     assert only.precision == torch.float32
+
+
+def test_every_optimiser_moves_at_the_rate_of_the_step():
+    p, q = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
+    optimizers = make_optimizers(nn.ParameterList([p, q]), TrainConfig(optimizer="muon", lr=1.0))
+    for rate in (0.5, 0.25):
+        before = p.detach().clone(), q.detach().clone()
+        p.grad, q.grad = torch.eye(2), torch.ones(2)
+        move(optimizers, rate)
+        assert p.grad is None
+        assert q.grad is None
+        step = 0.2 * math.sqrt(2) * quintic(math.sqrt(0.5))
+        torch.testing.assert_close(before[0] - p.detach(), rate * step * torch.eye(2), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(before[1] - q.detach(), torch.full((2,), rate), rtol=1e-4, atol=1e-6)

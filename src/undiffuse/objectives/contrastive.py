@@ -16,7 +16,7 @@ from undiffuse.core.errors import ArgumentError, SamplingError, TrainingError, c
 from undiffuse.core.random import Generator
 from undiffuse.fields.denoiser import Cond, Event
 from undiffuse.fields.energy import Energy
-from undiffuse.objectives.starts import FromData, FromNoise, ReplayBuffer, Start, Starts, are_labels, labels_of
+from undiffuse.objectives.starts import FromData, FromNoise, ReplayBuffer, Start, Starts, labels_of
 
 PerSample = Float[Tensor, " b"]
 Gather = Callable[[Tensor], Tensor]
@@ -82,13 +82,6 @@ class ContrastiveDivergence(nn.Module):
     Where the chains have converged, the mean gradient without the penalty is that of the negative log-likelihood,
     `E_data grad E - E_model grad E`. The value itself measures nothing; see `diagnostics`. Per sample, one chain each.
 
-    With labels the chains follow exp(-E(x, y)) at fixed y, which leaves the energies of one class free of those of
-    another. `classify > 0` ties them: it adds `classify (E(x+, y) + T log sum_k exp(-E(x+, k) / T))`, T times the
-    cross-entropy of the labels (Grathwohl et al. 2020, T = 1). It is least where exp(-E(x, y) / T) is the joint law of
-    equally frequent classes, and `MarginalEnergy(TemperedEnergy(model, T), K)` then that of x. A network whose slope is
-    bounded cannot tell classes apart at T = 1; T is to be of the order of its differences. It costs K energies per
-    sample, in the same pass.
-
     No gradient flows through the chains. While they run, the model is in evaluation mode with its parameters frozen.
 
     Args:
@@ -98,16 +91,12 @@ class ContrastiveDivergence(nn.Module):
         penalty: weight of the squares, which keep the energies near zero; it draws the minimiser away from the truth.
         data_noise: standard deviation of Gaussian noise added to the data.
         stop: when to give up.
-        classify: weight of the cross-entropy.
-        temperature: T above, of the cross-entropy alone.
-        num_classes: K, asked for where `classify > 0`.
 
     `deferred`: False, and every call writes its chains back at once. True, as the trainer has it: `settle` does, once
     per step for all of its micro-batches and processes.
 
     Raises:
-        ArgumentError: a number out of range, an unknown start; at the call, `classify` without a label for every
-            sample. TrainingError: training diverges, see `Stop`.
+        ArgumentError: a number out of range, an unknown start. TrainingError: training diverges, see `Stop`.
     """
 
     step: Tensor
@@ -122,18 +111,13 @@ class ContrastiveDivergence(nn.Module):
         penalty: float = 0.1,
         data_noise: float = 0.0,
         stop: Stop | None = None,
-        classify: float = 0.0,
-        temperature: float = 1.0,
-        num_classes: int | None = None,
     ):
         super().__init__()
-        if steps < 1 or min(penalty, data_noise, classify) < 0 or not temperature > 0:
+        if steps < 1 or penalty < 0 or data_noise < 0:
             raise ArgumentError(
-                f"contrastive divergence: steps {steps}, penalty {penalty}, data_noise {data_noise}, classify "
-                f"{classify}, temperature {temperature}: expected at least one step of the kernel, no negative number, "
-                "and a temperature > 0"
+                f"contrastive divergence: steps {steps}, penalty {penalty}, data_noise {data_noise}: expected at least "
+                "one step of the kernel and no negative number"
             )
-        self.classify, self.temperature, self.num_classes = classify, temperature, num_classes
         self.kernel, self.steps = kernel, steps
         self.start: Starts = choose(start, _BY_NAME, "start")() if isinstance(start, str) else start
         self.penalty, self.data_noise, self.stop = penalty, data_noise, stop or Stop()
@@ -144,43 +128,20 @@ class ContrastiveDivergence(nn.Module):
         self.register_buffer("running", torch.zeros(len(_FIGURES), dtype=torch.float64))
 
     def forward(self, model: Energy, x: Event, cond: Cond = None, generator: Generator = None) -> PerSample:
-        if self.classify and (self.num_classes is None or not are_labels(cond) or bool((cond < 0).any())):
-            raise ArgumentError(
-                f"contrastive divergence: classify {self.classify}, num_classes {self.num_classes}: expected the "
-                "number of classes and a label for every sample; set objective.classify to 0, or model.conditional to "
-                "true and training.cond_dropout to 0"
-            )
         if self.data_noise:
             x = x + self.data_noise * random.normal(x.shape, generator, dtype=x.dtype, device=x.device)
         begun = self.start.begin(x, cond, generator)
         with frozen(model):
             chains = self._run(model, begun, generator)
             score = model.score(chains.x[:_SCORED], _rows(begun.cond, _SCORED)).flatten(1).norm(dim=1).mean()
-        on_data, on_chains, doubt = self._energies(model, x, cond, chains.x, begun.cond)
+        # In one pass, so that a network that changes from call to call (spectral norm) judges both alike.
+        energy = at_least_float(model(torch.cat([x, chains.x]), _joined(cond, begun.cond)))
+        on_data, on_chains = energy.tensor_split(2)
         self._hold(begun, chains, (on_data, on_chains), score)
         if not self.deferred:
             self.settle()
         squares = self.penalty * (on_data.square() + on_chains.square()) if self.penalty else 0.0
-        return on_data - on_chains + squares + self.classify * doubt
-
-    def _energies(
-        self, model: Energy, x: Event, cond: Cond, chains: Event, begun: Cond
-    ) -> tuple[PerSample, PerSample, PerSample | float]:
-        """Energies of data and chains, and the cross-entropy of the data's labels: in one pass, so that a network that
-        changes from call to call (spectral norm) judges all alike."""
-        if not self.classify:
-            energy = at_least_float(model(torch.cat([x, chains]), _joined(cond, begun)))
-            on_data, on_chains = energy.tensor_split(2)
-            return on_data, on_chains, 0.0
-        assert isinstance(cond, Tensor)
-        assert self.num_classes is not None
-        n, k = len(x), self.num_classes
-        labels = torch.arange(k, device=x.device).repeat(n)
-        energy = at_least_float(model(torch.cat([x.repeat_interleave(k, 0), chains]), _joined(labels, begun)))
-        table, on_chains = energy[: n * k].reshape(n, k), energy[n * k :]
-        on_data = table.gather(1, cond[:, None])[:, 0]
-        t = self.temperature
-        return on_data, on_chains, on_data + t * torch.logsumexp(-table / t, 1)
+        return on_data - on_chains + squares
 
     def _run(self, model: Energy, begun: Start, generator: Generator) -> Chains:
         try:

@@ -37,14 +37,15 @@ class Denoising:
 
     The pair's own x_0 is a noisy answer to "which data made x_t?". With a `target` the model regresses on that
     denoiser's `E[x_0 | x_t]` instead: the same minimiser where the target is the exact denoiser of the data, less
-    variance of the gradient (Prop. 4.2.1; over a finite data set the "stable target field" of Xu et al. 2023), and a
-    student's objective where it is another model.
+    variance of the gradient (Prop. 4.2.1; Xu et al. 2023 estimate it from part of the data), and a student's
+    objective where it is another model.
 
     Args:
         time: a name ("uniform", "log-normal", "uniform-half-log-snr", "logit-normal", "discrete") or an object.
         weight: a name ("simple", "snr", "min-snr", "truncated-snr", "likelihood", "edm") or an object.
-        target: a denoiser on the model's path, moved to the device of the data; None: the pair's x_0 and noise. For
-            a data set in memory: `ud.Empirical(x, labels=labels).denoiser(path)`.
+        target: a denoiser on the model's path, moved to the device of the data, without gradients, in the mode that
+            it is in (a network: `.eval()`); None: the pair's x_0 and noise. For data in memory:
+            `ud.Empirical(x, labels=labels).denoiser(path)`.
 
     Raises:
         ArgumentError: an unknown name; the nearest is offered. When called, a target on another path than the model.

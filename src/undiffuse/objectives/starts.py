@@ -165,7 +165,7 @@ class ReplayBuffer(nn.Module):
             raise ArgumentError(
                 f"x has shape {tuple(x.shape)}: this replay buffer holds events of shape {tuple(self.x.shape[1:])}"
             )
-        if cond is not None and not (self.labelled and are_labels(cond)):
+        if cond is not None and not (self.labelled and _are_labels(cond)):
             raise ArgumentError(
                 f"a replay buffer {'keeps integer labels (B,)' if self.labelled else 'without labels'} was given "
                 "conditions: build it with labelled=True for integer labels, else start chains at 'data' or in 'noise'"
@@ -188,14 +188,13 @@ class ReplayBuffer(nn.Module):
             self.label[place] = label[rows]
 
 
-def are_labels(cond: Cond) -> TypeGuard[Tensor]:
-    """Whether a condition is one integer per row."""
+def _are_labels(cond: Cond) -> TypeGuard[Tensor]:
     return isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
 
 
 def labels_of(cond: Cond, like: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The condition where it is integer labels, else -1 for each."""
-    return cond if are_labels(cond) else torch.full_like(like, -1)
+    return cond if _are_labels(cond) else torch.full_like(like, -1)
 
 
 def last_of_each(slots: Int[Tensor, " n"]) -> Int[Tensor, " m"]:

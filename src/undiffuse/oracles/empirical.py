@@ -27,12 +27,12 @@ class Empirical(Law):
     memory does not grow with N, and as v goes to 0 it becomes the nearest data point.
 
     With labels, `cond` (int64, (B,)) selects among the data: row b sees those whose label is `cond[b]`, and all of
-    them where `cond[b]` is -1.
+    them where `cond[b]` is -1. A point without a label, -1, is seen by the latter only.
 
     Args:
         data: (N, *event).
         std: standard deviation of the noise put on each point.
-        labels: (N,) integers >= 0, the class of each point. The data are then kept in the order of their labels.
+        labels: (N,) integers >= -1, the class of each point. The data are then kept in the order of their labels.
 
     Raises:
         ArgumentError: no data, std < 0, or labels that do not fit.
@@ -51,16 +51,16 @@ class Empirical(Law):
         self.event = tuple(data.shape[1:])
         self.std = float(std)
         if labels is not None:
-            if labels.shape != data.shape[:1] or labels.is_floating_point() or bool((labels < 0).any()):
+            if labels.shape != data.shape[:1] or labels.is_floating_point() or bool((labels < -1).any()):
                 raise ArgumentError(
-                    f"Empirical: labels must be {len(data)} integers >= 0; given shape {tuple(labels.shape)}, "
-                    f"{labels.dtype}, least {labels.min().item()}"
+                    f"Empirical: labels must be {len(data)} integers >= -1; given {labels.dtype}, shape "
+                    f"{tuple(labels.shape)}"
                 )
             order = labels.argsort(stable=True)
             data, labels = data[order], labels[order]
         self.register_buffer("labels", labels)
         # Where in the data each class begins and ends; -1: all of them.
-        self._spans = {-1: (0, len(data)), **_spans(labels)}
+        self._spans = {**_spans(labels), -1: (0, len(data))}
         self.register_buffer("data", data.detach().reshape(len(data), -1))
         # Distances are taken from the centre, where the squares that cancel are smallest.
         self.register_buffer("centre", self.data.mean(0, dtype=torch.float64))
@@ -94,7 +94,7 @@ class Empirical(Law):
             rows = (labels == label).nonzero()[:, 0]
             data = self.data[slice(*self._spans[label])]
             groups.append(rows)
-            parts.append(answer(data, x[rows], *(s[rows] if s.ndim else s for s in scales)))
+            parts.append(answer(data, x[rows], *(s[rows] if s.ndim and len(s) > 1 else s for s in scales)))
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def _checked(self, cond: Cond, rows: int) -> Tensor:

@@ -45,7 +45,8 @@ class Tabulated(Path):
 
     def __repr__(self) -> str:
         family = "from_betas" if self.variance_preserving else "from_sigmas"
-        return f"Tabulated.{family}(<{len(self.table)} levels>)"
+        ends = f"{float(self.table[0]):.4g} ... {float(self.table[-1]):.4g}"
+        return f"Tabulated.{family}(<{len(self.table)} levels, half log-SNR {ends}>)"
 
     def __eq__(self, other: object) -> bool:
         return (

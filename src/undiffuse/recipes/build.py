@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.metrics import METRICS
 from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
+from undiffuse.objectives.starts import GIB, free_memory
 from undiffuse.oracles import Empirical
 from undiffuse.paths import PATHS, Path, Tabulated, geometric_levels
 from undiffuse.recipes import energies
@@ -29,6 +31,7 @@ FROM_DATA = ("shape", "num_classes", "cond_dim")
 # What the library passes itself: the splits are named by the sections, the seed of training is the recipe's.
 _DATA_OWN = ("split", "progress")
 _TRAINING_OWN = ("seed",)
+_USUAL = 'set objective.target to "conditional"'
 
 
 def betas(levels: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tabulated:
@@ -97,6 +100,10 @@ def _check_denoiser(tree: dict[str, Any]) -> None:
             f"objective.weight). For an energy, set model.kind to energy; its objectives: "
             f"{', '.join(energies.OBJECTIVES)}"
         )
+    if tree["objective"].get("target") == "marginal" and tree["data"]["flip"]:
+        raise RecipeError(
+            f"objective.target = 'marginal' with data.flip: mirrored images are not in the data; {_USUAL}"
+        )
     if tree["sampling"].get("initial") is not None:
         raise RecipeError("sampling.initial: samples of a denoiser start from the path's own law; leave it out")
     tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
@@ -139,13 +146,16 @@ def _law(settings: Settings, dataset: Any) -> Empirical:
     """The training data as a law.
 
     Raises:
-        RecipeError: they are not all there at once, or vary from epoch to epoch.
+        RecipeError: they are not all there at once, or do not fit into memory.
     """
-    hint = 'set objective.target to "conditional"'
-    if settings.data["flip"]:
-        raise RecipeError(f"objective.target = 'marginal' with data.flip: mirrored images are not in the data; {hint}")
     if dataset.cond_dim is not None or not hasattr(dataset, "batch"):
-        raise RecipeError(f"objective.target = 'marginal' takes data that are no stream, with labels or none; {hint}")
+        raise RecipeError(f"objective.target = 'marginal' takes data that are no stream, with labels or none; {_USUAL}")
+    needed, free = 2 * 4 * len(dataset) * math.prod(dataset.shape), free_memory()
+    if needed > free:
+        raise RecipeError(
+            f"objective.target = 'marginal' keeps the data in memory: {needed / GIB:.3g} GiB, of which "
+            f"{free / GIB:.3g} are free; {_USUAL}"
+        )
     x, labels = dataset.batch(torch.arange(len(dataset)))
     return Empirical(x, labels=labels)
 

@@ -58,7 +58,7 @@ PARTS: dict[Callable, dict[str, tuple[Table, str, str | None]]] = {
     ParallelTempering: {"kernel": (EXACT_KERNELS, "kernel", None)},
 }
 # Arguments that the data say.
-_FROM_DATA = ("shape", "labelled", "num_classes")
+_FROM_DATA = ("shape", "labelled")
 
 
 def resolve_deep(table: Table, choice: Any, what: str, where: str) -> Choice:
@@ -105,8 +105,6 @@ def make_deep(table: Table, choice: Choice, what: str, where: str, said: FactsSe
     told: Choice = {}
     if "shape" in names:
         told["shape"] = said.shape if said is not None else [1]
-    if "num_classes" in names:
-        told["num_classes"] = said.num_classes if said is not None else None
     if "labelled" in names:
         told["labelled"] = said is not None and said.num_classes is not None
     return make(table, {**choice, **told, **built}, what, where)

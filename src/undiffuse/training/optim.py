@@ -29,7 +29,8 @@ def orthogonalise(matrices: Float[Tensor, "k m n"]) -> Float[Tensor, "k m n"]:
     Five Newton-Schulz steps `X <- a X + (b A + c A^2) X` with `A = X X^T`, from `X / |X|_F` (Jordan et al. 2024).
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + torch.finfo(torch.float32).tiny)
+    # Far above where squares underflow: a gradient that fades out must not be divided by next to nothing.
+    x = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-12)
     a, b, c = _QUINTIC
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
@@ -85,7 +86,10 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's: the mean of the past, moved once more towards the gradient."""
         assert p.grad is not None
-        past = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        past = state["momentum"]
         past.lerp_(p.grad, 1.0 - momentum)
         return p.grad.lerp(past, momentum)
 
