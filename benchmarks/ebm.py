@@ -22,7 +22,7 @@ import undiffuse as ud
 from undiffuse.data.load import load
 from undiffuse.data.plane import MODE_STD, ring_means
 from undiffuse.fields.energy import Energy
-from undiffuse.inference.energies import STATISTICS, out_of_distribution
+from undiffuse.inference.energies import STATISTICS, out_of_distribution, typical_energies
 from undiffuse.metrics.auroc import auroc
 from undiffuse.recipes.build import data
 
@@ -60,18 +60,22 @@ def grey(place: str, n: int) -> Tensor:
     return F.interpolate(x, size=(28, 28), mode="bilinear", antialias=True).clamp(-1, 1)
 
 
+def unlabelled(run: ud.Run) -> Energy:
+    """The run's energy; of one with labels, over all of them, at the temperature that its chains have."""
+    energy, settings = run.energy(), run.recipe.settings
+    if not settings.model.conditional:
+        return energy
+    assert isinstance(settings.objective, dict)
+    kernel = settings.objective["kernel"]
+    tempered = ud.TemperedEnergy(energy, kernel["noise"] ** 2 / (2 * kernel["step_size"]))
+    images, labels = data(settings, "train").batch(torch.arange(5000))
+    return ud.MarginalEnergy(tempered, typical_energies(tempered, images, labels))
+
+
 def mnist(run: ud.Run, cifar: str, n: int = 2000) -> dict[str, float]:
-    """AUROC of the run's energy, held-out digits against strangers; of one with labels, summed over them."""
-    energy: Energy = run.energy()
-    settings = run.recipe.settings
-    if settings.model.conditional:
-        assert isinstance(settings.objective, dict)
-        assert settings.facts is not None
-        assert settings.facts.num_classes is not None
-        energy = ud.MarginalEnergy(
-            ud.TemperedEnergy(energy, settings.objective["temperature"]), settings.facts.num_classes
-        )
-    digits, _ = data(settings, "held-out").batch(torch.arange(n))
+    """AUROC of the run's energy, held-out digits against strangers."""
+    energy = unlabelled(run)
+    digits, _ = data(run.recipe.settings, "held-out").batch(torch.arange(n))
     strangers = {
         "uniform noise": 2 * torch.rand(digits.shape, generator=torch.Generator().manual_seed(0)) - 1,
         "turned by 90 degrees": torch.rot90(digits, 1, (2, 3)),

@@ -265,17 +265,17 @@ def test_wrong_arguments_are_refused(match, call):
 
 
 def test_a_marginal_energy_sums_over_the_labels():
-    """Components with two labels: exp(-E(x, y)) = p(y) p(x | y), and the marginal is the mixture's own density."""
+    """Components with two labels: with the shares of the labels, the marginal is the mixture's own density."""
 
-    class Joint(Energy):
+    class GivenLabel(Energy):
         def forward(self, x, cond=None):
-            share = torch.stack([MIXTURE.weights[MIXTURE.labels == k].sum() for k in range(2)])
-            return -share[cond].log() - MIXTURE.log_prob(x, cond)
+            return -MIXTURE.log_prob(x, cond)
 
-    x = drawn(5, 6, 2, 2)
-    torch.testing.assert_close(MarginalEnergy(Joint(), 2)(x), -MIXTURE.log_prob(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(MarginalEnergy(Joint(), 2).score(x), MIXTURE.score(x), rtol=1e-9, atol=1e-9)
+    x, shares = drawn(5, 6, 2, 2), torch.stack([MIXTURE.weights[MIXTURE.labels == k].sum() for k in range(2)])
+    marginal = MarginalEnergy(GivenLabel(), shares.log())
+    torch.testing.assert_close(marginal(x), -MIXTURE.log_prob(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(marginal.score(x), MIXTURE.score(x), rtol=1e-9, atol=1e-9)
     with pytest.raises(ArgumentError, match="cond must be None"):
-        MarginalEnergy(Joint(), 2)(x, torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(ArgumentError, match="num_classes is 0"):
-        MarginalEnergy(Joint(), 0)
+        marginal(x, torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ArgumentError, match="one number per class"):
+        MarginalEnergy(GivenLabel(), torch.zeros(2, 1))

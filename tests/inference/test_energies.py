@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.fields.energy import FunctionEnergy
-from undiffuse.inference.energies import PosteriorEnergy, denoise, out_of_distribution
+from undiffuse.fields.energy import Energy, FunctionEnergy, MarginalEnergy
+from undiffuse.inference.energies import PosteriorEnergy, denoise, out_of_distribution, typical_energies
 from undiffuse.solvers.langevin import MALA
 
 F64 = torch.float64
@@ -69,6 +69,29 @@ def test_scores_of_strangers():
     slope = out_of_distribution(gaussian(VARIANCE), x, statistic="score-norm", batch=4)
     torch.testing.assert_close(slope, distance / VARIANCE)
     assert out_of_distribution(gaussian(VARIANCE), x[:0]).shape == (0,)
+
+
+class Classes(Energy):
+    """E(x, k) = (x - m_k)^2 / 2 + c_k: three Gaussians whose constants say nothing."""
+
+    def forward(self, x, cond=None):
+        return (x[:, 0] - torch.tensor([-4.0, 0.0, 4.0])[cond]).square() / 2 + torch.tensor([7.0, -30.0, 0.5])[cond]
+
+
+def test_typical_energies_take_the_constants_of_the_classes_off():
+    """Class k's mean energy is v_k / 2 + c_k for data of mean m_k and variance v_k."""
+    labels = torch.arange(3).repeat(4)
+    x = torch.tensor([-4.0, 0.0, 4.0]).repeat(4) + torch.tensor([1.0, -1.0, 2.0, -2.0]).repeat_interleave(3)
+    typical = typical_energies(Classes(), x[:, None], labels, batch=5)
+    torch.testing.assert_close(typical, torch.tensor([7.0, -30.0, 0.5]) + 2.5 / 2)
+    near, far = torch.tensor([[-4.0], [0.0], [4.0]]), torch.tensor([[-2.0], [2.0], [9.0]])
+    marginal = MarginalEnergy(Classes(), typical)
+    assert out_of_distribution(marginal, near).max() < out_of_distribution(marginal, far).min()
+    plain = MarginalEnergy(Classes(), torch.zeros(3))  # here the constants rule
+    assert out_of_distribution(plain, near).max() > out_of_distribution(plain, far).min()
+    for wrong, says in ((labels[:4], "expected 12 integers"), (labels * 2, "class 1 has no data: 5 classes")):
+        with pytest.raises(ArgumentError, match=says):
+            typical_energies(Classes(), x[:, None], wrong)
 
 
 def test_a_condition_goes_with_its_row():

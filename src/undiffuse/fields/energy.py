@@ -133,28 +133,35 @@ class MixtureEnergy(Energy):
 
 
 class MarginalEnergy(Energy):
-    """`E(x) = -log sum_k exp(-E(x, k))`, the law of x where exp(-E(x, y)) is that of x with its label y.
+    """`E(x) = -log sum_k w_k exp(-E(x, k))`, the law of x where w_k exp(-E(x, k)) is that of x and its label k.
+
+    Energies trained at given labels know each class up to a constant of its own, which the weights are to make good:
+    `log w_k = log p(k) - log Z_k` for the density, `undiffuse.inference.typical_energies` to tell strangers.
 
     Args:
-        energy: with a label as condition.
-        num_classes: K, the labels being 0 ... K - 1.
+        energy: with a label 0 ... K - 1 as condition.
+        log_weights: (K,).
 
     Raises:
-        ArgumentError: num_classes < 1; at the call, a condition.
+        ArgumentError: weights of another shape; at the call, a condition.
     """
 
-    def __init__(self, energy: Energy, num_classes: int):
+    log_weights: Tensor
+
+    def __init__(self, energy: Energy, log_weights: Float[Tensor, " k"]):
         super().__init__()
-        if num_classes < 1:
-            raise ArgumentError(f"num_classes is {num_classes}: expected at least 1")
-        self.energy, self.num_classes = energy, num_classes
+        if log_weights.ndim != 1 or len(log_weights) == 0:
+            raise ArgumentError(f"log_weights has shape {tuple(log_weights.shape)}: expected one number per class")
+        self.energy = energy
+        self.register_buffer("log_weights", log_weights.detach())
 
     def forward(self, x: Event, cond: Cond = None) -> PerSample:
         if cond is not None:
             raise ArgumentError("a marginal energy sums over all labels: cond must be None")
-        labels = torch.arange(self.num_classes, device=x.device).repeat(len(x))
-        energies = self.energy(x.repeat_interleave(self.num_classes, 0), labels)
-        return -torch.logsumexp(-energies.reshape(len(x), self.num_classes), 1)
+        n, k = len(x), len(self.log_weights)
+        labels = torch.arange(k, device=x.device).repeat(n)
+        energies = self.energy(x.repeat_interleave(k, 0), labels).reshape(n, k)
+        return -torch.logsumexp(self.log_weights.to(energies) - energies, 1)
 
 
 class TemperedEnergy(Energy):

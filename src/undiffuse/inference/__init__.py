@@ -1,6 +1,6 @@
 """Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
 
-from undiffuse.inference.energies import denoise, out_of_distribution
+from undiffuse.inference.energies import denoise, out_of_distribution, typical_energies
 from undiffuse.inference.partition import (
     Bracket,
     LogPartition,
@@ -17,4 +17,5 @@ __all__ = [
     "denoise",
     "out_of_distribution",
     "reverse_annealed_importance_sampling",
+    "typical_energies",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
@@ -130,6 +130,33 @@ def out_of_distribution(
     with evaluating(energy):
         parts = [measure(energy, x[part], _part(cond, part)) for part in rows]
     return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def typical_energies(energy: Energy, x: Event, labels: Int[Tensor, " n"], *, batch: int = 256) -> Float[Tensor, " k"]:
+    """Mean energy of each class's own data, (K,), for labels 0 ... K - 1.
+
+    As the log-weights of a `MarginalEnergy` they make all classes equally typical: what is left is how far x lies
+    above what its nearest class is used to, whether that class is simple or not (compare Nalisnick et al. 2019).
+
+    Args:
+        energy: with a label as condition.
+        x: data, of every class some.
+        labels: theirs.
+        batch: samples at a time.
+
+    Raises:
+        ArgumentError: labels that do not fit x, or a class without data; batch < 1.
+    """
+    if labels.shape != x.shape[:1] or labels.is_floating_point() or len(labels) == 0 or int(labels.min()) < 0:
+        raise ArgumentError(f"labels has shape {tuple(labels.shape)}, {labels.dtype}: expected {len(x)} integers >= 0")
+    counts = torch.bincount(labels)
+    if bool((counts == 0).any()):
+        raise ArgumentError(
+            f"class {int((counts == 0).nonzero()[0])} has no data, of {len(counts)}: give some of every"
+        )
+    with torch.no_grad():
+        energies = out_of_distribution(energy, x, batch=batch, cond=labels)
+    return energies.new_zeros(len(counts)).index_add_(0, labels, energies) / counts
 
 
 def _part(cond: Cond, rows: slice) -> Cond:
