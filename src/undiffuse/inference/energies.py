@@ -152,7 +152,7 @@ def typical_energies(energy: Energy, x: Event, labels: Int[Tensor, " n"], *, bat
     counts = torch.bincount(labels)
     if bool((counts == 0).any()):
         raise ArgumentError(
-            f"class {int((counts == 0).nonzero()[0])} has no data, of {len(counts)}: give some of every"
+            f"class {int((counts == 0).nonzero()[0])} has no data: {len(counts)} classes need some each"
         )
     with torch.no_grad():
         energies = out_of_distribution(energy, x, batch=batch, cond=labels)
