@@ -370,13 +370,14 @@ def test_channels_last_resumes_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_compiling_changes_no_name(tmp_path):
-    train(tmp_path / "eager", steps=4)
-    train(tmp_path / "compiled", steps=4, compile=True)
+    # Without dropout: compiled code draws its own random numbers.
+    train(tmp_path / "eager", model=tiny_model(dropout=0.0), steps=4)
+    train(tmp_path / "compiled", model=tiny_model(dropout=0.0), steps=4, compile=True)
     eager = load_checkpoint(tmp_path / "eager").weights("half-life-5")
     compiled = load_checkpoint(tmp_path / "compiled").weights("half-life-5")
     assert eager.keys() == compiled.keys()
-    assert all(torch.allclose(eager[k].double(), compiled[k].double(), atol=1e-3) for k in eager)
-    train(tmp_path / "compiled", steps=8)
+    assert all(torch.allclose(eager[k].double(), compiled[k].double(), atol=1e-6) for k in eager)
+    train(tmp_path / "compiled", model=tiny_model(dropout=0.0), steps=8)
 
 
 def test_unknown_device(tmp_path):
