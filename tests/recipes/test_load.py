@@ -142,6 +142,14 @@ def test_a_resolved_recipe_builds_its_model_without_data(tmp_path):
     assert full.settings.facts.class_names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_the_folder_recipe_takes_the_usual_sizes(tmp_path, size):
+    """Word for word as the README writes it."""
+    folder = image_folder(tmp_path / "photos")
+    model = ud.load_recipe("folder", [f"data.path={folder}", f"data.size={size}"]).model()
+    assert model.net.shape == (3, size, size)
+
+
 def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
