@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -15,10 +13,9 @@ from torch import Tensor, nn
 
 from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.memory import GIB, free_memory
 from undiffuse.core.random import Generator
 from undiffuse.fields.denoiser import Cond, Event
-
-GIB = 1 << 30
 
 
 class Start(NamedTuple):
@@ -220,15 +217,3 @@ def _check_memory(size: int, shape: Sequence[int]) -> None:
             f"{free / GIB:.3g} GiB of memory are free: reduce its size to {max(1, size * free // needed // 2):,}, "
             "or the size of the events"
         )
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    # The kernel's own estimate counts the cache it would give up; sysconf knows the unused pages only.
-    table = Path("/proc/meminfo")
-    if table.is_file():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from undiffuse.core.errors import ArgumentError, RecipeError
+from undiffuse.core.memory import GIB, free_memory
 from undiffuse.data.load import load
 from undiffuse.fields import PREDICTIONS, NetworkDenoiser
 from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.metrics import METRICS
 from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
-from undiffuse.objectives.starts import GIB, free_memory
 from undiffuse.oracles import Empirical
 from undiffuse.paths import PATHS, Path, Tabulated, geometric_levels
 from undiffuse.recipes import energies
