@@ -16,6 +16,7 @@ from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.memory import GIB, free_memory
 from undiffuse.core.random import Generator
 from undiffuse.fields.denoiser import Cond, Event
+from undiffuse.objectives.moves import random_affine
 
 
 class Start(NamedTuple):
@@ -99,15 +100,21 @@ class ReplayBuffer(nn.Module):
     noise, with the condition of the batch's sample; the others go on under the condition they were begun with. Rows
     and ages are buffers of the module: a checkpoint holds them, and a resumed run has the same chains.
 
+    With `moved`, some of the chains that go on are carried elsewhere first, by `random_affine`: what lies near the data
+    and is none of it (a digit upside down) is seen while training, which chains from noise seldom reach (Du et al.
+    2021, data augmentation transitions).
+
     Args:
         shape: of an event.
         size: number of chains kept.
         reinit: chance that a chain starts anew.
         initial, scale: see `FromNoise`.
         labelled: keep an integer label with each chain, for energies with a condition of that kind.
+        moved: chance that a chain that goes on is moved first, and counted as new; of images only.
 
     Raises:
-        ArgumentError: a number out of range; more memory than there is, with both figures.
+        ArgumentError: a number out of range, `moved` for events that are no images; more memory than there is, with
+            both figures.
     """
 
     x: Tensor
@@ -125,12 +132,18 @@ class ReplayBuffer(nn.Module):
         initial: str = "uniform",
         scale: float = 1.0,
         labelled: bool = False,
+        moved: float = 0.0,
     ):
         super().__init__()
-        if size < 1 or not 0 <= reinit <= 1:
-            raise ArgumentError(f"replay buffer: size {size}, reinit {reinit}: expected size >= 1 and reinit in [0, 1]")
+        if size < 1 or not 0 <= reinit <= 1 or not 0 <= moved <= 1:
+            raise ArgumentError(
+                f"replay buffer: size {size}, reinit {reinit}, moved {moved}: expected size >= 1 and both chances in "
+                "[0, 1]"
+            )
+        if moved and len(shape) != 3:
+            raise ArgumentError(f"moved is {moved} for events of shape {list(shape)}: expected images [C, H, W], or 0")
         self.noise = FromNoise(initial, scale)
-        self.reinit, self.labelled = float(reinit), labelled
+        self.reinit, self.labelled, self.moved = float(reinit), labelled, float(moved)
         _check_memory(size, shape)
         self.register_buffer("x", torch.zeros(size, *shape))
         self.register_buffer("age", torch.zeros(size, dtype=torch.int64))
@@ -152,9 +165,13 @@ class ReplayBuffer(nn.Module):
         noise = self.noise.draw(x.shape, generator, dtype=x.dtype, device=x.device)
         age = self.age[slots]
         anew = (coin < self.reinit) | (age == 0)
-        state = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), noise, self.x[slots].to(x.dtype))
+        state = torch.where(_padded(anew, x), noise, self.x[slots].to(x.dtype))
         if isinstance(cond, Tensor):
             cond = torch.where(anew, cond, self.label[slots].to(cond))
+        if self.moved:
+            moves = (random.uniform(n, generator, dtype=torch.float64, device=x.device) < self.moved) & ~anew
+            state = torch.where(_padded(moves, x), random_affine(state, generator), state)
+            anew = anew | moves
         return Start(state, cond, slots, age.masked_fill(anew, 0))
 
     def _check(self, x: Tensor, cond: Cond) -> None:
@@ -183,6 +200,10 @@ class ReplayBuffer(nn.Module):
         self.age[place] = age[rows]
         if self.labelled and label is not None:
             self.label[place] = label[rows]
+
+
+def _padded(rows: Tensor, x: Tensor) -> Tensor:
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _are_labels(cond: Cond) -> TypeGuard[Tensor]:
