@@ -51,6 +51,7 @@ def test_a_chain_that_is_moved_keeps_its_label_and_counts_as_new():
     buffer.write(torch.arange(40), torch.rand(40, 1, 6, 6), torch.full((40,), 5), torch.arange(40) % 10)
     given = torch.full((n,), 11)
     begun = buffer.begin(torch.zeros(n, 1, 6, 6), given, Streams.of(3, n))
+    assert isinstance(begun.cond, torch.Tensor)
     anew = begun.cond == 11
     kept = (begun.x == buffer.x[begun.slots]).flatten(1).all(1)
     moved = ~anew & ~kept
@@ -61,6 +62,6 @@ def test_a_chain_that_is_moved_keeps_its_label_and_counts_as_new():
 
 def test_what_is_no_image_is_not_moved():
     with pytest.raises(ArgumentError, match=r"moved is 0.1 for events of shape \[2\]: expected images"):
-        ReplayBuffer([2], moved=0.1)
+        ReplayBuffer([2], moved=0.1).begin(torch.zeros(3, 2), None, Streams.of(0, 3))
     with pytest.raises(ArgumentError, match=r"moved 1.5: expected"):
         ReplayBuffer([1, 4, 4], moved=1.5)

@@ -113,8 +113,8 @@ class ReplayBuffer(nn.Module):
         moved: chance that a chain that goes on is moved first, and counted as new; of images only.
 
     Raises:
-        ArgumentError: a number out of range, `moved` for events that are no images; more memory than there is, with
-            both figures.
+        ArgumentError: a number out of range; more memory than there is, with both figures. At the start of chains,
+            `moved` for events that are no images.
     """
 
     x: Tensor
@@ -140,8 +140,6 @@ class ReplayBuffer(nn.Module):
                 f"replay buffer: size {size}, reinit {reinit}, moved {moved}: expected size >= 1 and both chances in "
                 "[0, 1]"
             )
-        if moved and len(shape) != 3:
-            raise ArgumentError(f"moved is {moved} for events of shape {list(shape)}: expected images [C, H, W], or 0")
         self.noise = FromNoise(initial, scale)
         self.reinit, self.labelled, self.moved = float(reinit), labelled, float(moved)
         _check_memory(size, shape)
@@ -178,6 +176,10 @@ class ReplayBuffer(nn.Module):
         if x.shape[1:] != self.x.shape[1:]:
             raise ArgumentError(
                 f"x has shape {tuple(x.shape)}: this replay buffer holds events of shape {tuple(self.x.shape[1:])}"
+            )
+        if self.moved and x.ndim != 4:
+            raise ArgumentError(
+                f"moved is {self.moved:g} for events of shape {list(x.shape[1:])}: expected images [C, H, W], or 0"
             )
         if cond is not None and not (self.labelled and _are_labels(cond)):
             raise ArgumentError(
