@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.fields.energy import Energy, FunctionEnergy, MarginalEnergy
-from undiffuse.inference.energies import PosteriorEnergy, denoise, out_of_distribution, typical_energies
+from undiffuse.fields.energy import Energy, FunctionEnergy
+from undiffuse.inference.energies import NearestClass, PosteriorEnergy, denoise, out_of_distribution
 from undiffuse.solvers.langevin import MALA
 
 F64 = torch.float64
@@ -78,20 +78,22 @@ class Classes(Energy):
         return (x[:, 0] - torch.tensor([-4.0, 0.0, 4.0])[cond]).square() / 2 + torch.tensor([7.0, -30.0, 0.5])[cond]
 
 
-def test_typical_energies_take_the_constants_of_the_classes_off():
-    """Class k's mean energy is v_k / 2 + c_k for data of mean m_k and variance v_k."""
+def test_the_nearest_class_is_measured_from_its_own_mean_in_its_own_spread():
+    """Class k's energy is (x - m_k)^2 / 2 + c_k: at m_k +- 1, +- 2 its mean is 5/4 + c_k, its variance 3/4."""
     labels = torch.arange(3).repeat(4)
     x = torch.tensor([-4.0, 0.0, 4.0]).repeat(4) + torch.tensor([1.0, -1.0, 2.0, -2.0]).repeat_interleave(3)
-    typical = typical_energies(Classes(), x[:, None], labels, batch=5)
-    torch.testing.assert_close(typical, torch.tensor([7.0, -30.0, 0.5]) + 2.5 / 2)
-    near, far = torch.tensor([[-4.0], [0.0], [4.0]]), torch.tensor([[-2.0], [2.0], [9.0]])
-    marginal = MarginalEnergy(Classes(), typical)
-    assert out_of_distribution(marginal, near).max() < out_of_distribution(marginal, far).min()
-    plain = MarginalEnergy(Classes(), torch.zeros(3))  # here the constants rule
-    assert out_of_distribution(plain, near).max() > out_of_distribution(plain, far).min()
-    for wrong, says in ((labels[:4], "expected 12 integers"), (labels * 2, "class 1 has no data: 5 classes")):
+    nearest = NearestClass.of(Classes(), x[:, None], labels, batch=5)
+    torch.testing.assert_close(nearest.mean, torch.tensor([7.0, -30.0, 0.5]) + 1.25)
+    torch.testing.assert_close(nearest.std, torch.full((3,), 0.75**0.5))
+    at = torch.tensor([[-4.0], [0.0], [3.0], [9.0]])
+    wanted = (torch.tensor([0.0, 0.0, 0.5, 12.5]) - 1.25) / 0.75**0.5
+    torch.testing.assert_close(out_of_distribution(nearest, at), wanted)
+    few = torch.tensor([0, 1, 2] * 3 + [0, 1, 3])
+    for wrong, says in ((labels[:4], "expected 12 integers"), (few, "class 3 has 1 samples: 4 classes need two each")):
         with pytest.raises(ArgumentError, match=says):
-            typical_energies(Classes(), x[:, None], wrong)
+            NearestClass.of(Classes(), x[:, None], wrong)
+    with pytest.raises(ArgumentError, match="cond must be None"):
+        nearest(at, labels[:4])
 
 
 def test_a_condition_goes_with_its_row():

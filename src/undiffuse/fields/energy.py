@@ -136,7 +136,7 @@ class MarginalEnergy(Energy):
     """`E(x) = -log sum_k w_k exp(-E(x, k))`, the law of x where w_k exp(-E(x, k)) is that of x and its label k.
 
     Energies trained at given labels know each class up to a constant of its own, which the weights are to make good:
-    `log w_k = log p(k) - log Z_k` for the density, `undiffuse.inference.typical_energies` to tell strangers.
+    `log w_k = log p(k) - log Z_k`. To tell strangers, see `undiffuse.inference.NearestClass`.
 
     Args:
         energy: with a label 0 ... K - 1 as condition.

@@ -1,6 +1,6 @@
 """Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
 
-from undiffuse.inference.energies import denoise, out_of_distribution, typical_energies
+from undiffuse.inference.energies import NearestClass, denoise, out_of_distribution
 from undiffuse.inference.partition import (
     Bracket,
     LogPartition,
@@ -12,10 +12,10 @@ from undiffuse.inference.partition import (
 __all__ = [
     "Bracket",
     "LogPartition",
+    "NearestClass",
     "annealed_importance_sampling",
     "bracket_log_z",
     "denoise",
     "out_of_distribution",
     "reverse_annealed_importance_sampling",
-    "typical_energies",
 ]

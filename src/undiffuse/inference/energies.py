@@ -132,31 +132,56 @@ def out_of_distribution(
     return torch.cat(parts) if parts else x.new_zeros(0)
 
 
-def typical_energies(energy: Energy, x: Event, labels: Int[Tensor, " n"], *, batch: int = 256) -> Float[Tensor, " k"]:
-    """Mean energy of each class's own data, (K,), for labels 0 ... K - 1.
+class NearestClass(Energy):
+    """`min over k of (E(x, k) - m_k) / s_k`, m_k and s_k mean and standard deviation of class k's energies on its data.
 
-    As the log-weights of a `MarginalEnergy` they make all classes equally typical: what is left is how far x lies
-    above what its nearest class is used to, whether that class is simple or not (compare Nalisnick et al. 2019).
+    How far x lies above what its nearest class is used to, in units of how much that varies: a class that is simple,
+    or known only up to a constant, is no nearer for that (compare Nalisnick et al. 2019). For `out_of_distribution`.
 
     Args:
-        energy: with a label as condition.
-        x: data, of every class some.
-        labels: theirs.
-        batch: samples at a time.
+        energy: with a label 0 ... K - 1 as condition.
+        mean, std: (K,).
 
     Raises:
-        ArgumentError: labels that do not fit x, or a class without data; batch < 1.
+        ArgumentError: at the call, a condition.
     """
-    if labels.shape != x.shape[:1] or labels.is_floating_point() or len(labels) == 0 or int(labels.min()) < 0:
-        raise ArgumentError(f"labels has shape {tuple(labels.shape)}, {labels.dtype}: expected {len(x)} integers >= 0")
-    counts = torch.bincount(labels)
-    if bool((counts == 0).any()):
-        raise ArgumentError(
-            f"class {int((counts == 0).nonzero()[0])} has no data: {len(counts)} classes need some each"
-        )
-    with torch.no_grad():
-        energies = out_of_distribution(energy, x, batch=batch, cond=labels)
-    return energies.new_zeros(len(counts)).index_add_(0, labels, energies) / counts
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, energy: Energy, mean: Float[Tensor, " k"], std: Float[Tensor, " k"]):
+        super().__init__()
+        self.energy = energy
+        self.register_buffer("mean", mean.detach())
+        self.register_buffer("std", std.detach())
+
+    @classmethod
+    def of(cls, energy: Energy, x: Event, labels: Int[Tensor, " n"], *, batch: int = 256) -> NearestClass:
+        """Measured on data x with labels 0 ... K - 1, of each class at least two.
+
+        Raises:
+            ArgumentError: labels that do not fit x, or a class with less data; batch < 1.
+        """
+        if labels.shape != x.shape[:1] or labels.is_floating_point() or len(labels) == 0 or int(labels.min()) < 0:
+            raise ArgumentError(
+                f"labels has shape {tuple(labels.shape)}, {labels.dtype}: expected {len(x)} integers >= 0"
+            )
+        counts = torch.bincount(labels)
+        if bool((counts < 2).any()):
+            few = int((counts < 2).nonzero()[0])
+            raise ArgumentError(f"class {few} has {int(counts[few])} samples: {len(counts)} classes need two each")
+        with torch.no_grad():
+            energies = out_of_distribution(energy, x, batch=batch, cond=labels)
+        groups = [energies[labels == k] for k in range(len(counts))]
+        return cls(energy, torch.stack([g.mean() for g in groups]), torch.stack([g.std() for g in groups]))
+
+    def forward(self, x: Event, cond: Cond = None) -> PerSample:
+        if cond is not None:
+            raise ArgumentError("the nearest class is taken over all labels: cond must be None")
+        n, k = len(x), len(self.mean)
+        labels = torch.arange(k, device=x.device).repeat(n)
+        energies = self.energy(x.repeat_interleave(k, 0), labels).reshape(n, k)
+        return ((energies - self.mean) / self.std).amin(1)
 
 
 def _part(cond: Cond, rows: slice) -> Cond:
