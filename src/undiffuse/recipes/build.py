@@ -44,7 +44,19 @@ def sigmas(levels: int = 232, smallest: float = 0.01, largest: float = 50.0) -> 
     return Tabulated.from_sigmas(geometric_levels(smallest, largest, levels))
 
 
-ALL_PATHS: dict[str, Callable[..., Path]] = {**PATHS, "tabulated-betas": betas, "tabulated-sigmas": sigmas}
+def cosine_betas(levels: int = 1000, most: float = 0.999) -> Tabulated:
+    """The cosine chain, its step variances cut at `most` (Nichol and Dhariwal 2021, eq. 17 and after)."""
+    grid = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
+    signal = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
+    return Tabulated.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=most))
+
+
+ALL_PATHS: dict[str, Callable[..., Path]] = {
+    **PATHS,
+    "tabulated-betas": betas,
+    "tabulated-cosine": cosine_betas,
+    "tabulated-sigmas": sigmas,
+}
 
 
 @cache
