@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.nets import UNet
+from undiffuse.nets import DiT, UNet
 from undiffuse.nets.presets import PRESETS, preset, sinusoids
 
 SCORE_SDE = {  # counted on score_sde_pytorch, tables 2 and 3 of Song et al. 2021
@@ -19,11 +19,13 @@ SCORE_SDE = {  # counted on score_sde_pytorch, tables 2 and 3 of Song et al. 202
 }
 # Counted on guided-diffusion with --class_cond True --learn_sigma True; table 4 of Dhariwal and Nichol 2021.
 ADM = {"adm-64": 295_904_454, "adm-128": 421_529_606, "adm-256": 553_838_086, "adm-512": 558_997_638}
+# facebookresearch/DiT, without its fixed positions (256 x width); 33, 130, 458, 675 M in table 4 of Peebles and Xie.
+DIT = {"dit-s-2": 32_865_056, "dit-b-2": 130_315_808, "dit-l-2": 457_840_672, "dit-xl-2": 674_834_720}
 
 
-def count(arguments) -> int:
+def count(arguments, net=UNet) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(**arguments).parameters() if p.requires_grad)
+        return sum(p.numel() for p in net(**arguments).parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", SCORE_SDE)
@@ -38,8 +40,13 @@ def test_adm_with_its_variances_and_without_our_embedding_of_no_label(name):
     assert count({**arguments, "out_channels": 6}) - no_label == ADM[name]
 
 
+@pytest.mark.parametrize("name", DIT)
+def test_dit_with_its_variances(name):
+    assert count({**preset(name), "out_channels": 8}, DiT) == DIT[name]
+
+
 def test_every_preset_is_counted():
-    assert set(PRESETS) == set(SCORE_SDE) | set(ADM)
+    assert set(PRESETS) == set(SCORE_SDE) | set(ADM) | set(DIT)
 
 
 def test_a_preset_is_a_copy():

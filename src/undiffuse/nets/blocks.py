@@ -132,11 +132,21 @@ def _slow_when_fused(q: Float[Tensor, "b heads tokens d"]) -> bool:
     return q.device.type == "cpu" and q.dtype.itemsize < 4 and q.shape[2] <= 64
 
 
-class Attention(nn.Module):
-    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernels.
+def attend(
+    q: Float[Tensor, "b heads n d"], k: Float[Tensor, "b heads n d"], v: Float[Tensor, "b heads n d"]
+) -> Float[Tensor, "b heads n d"]:
+    """softmax(q k^T / sqrt(d)) v, by torch's own kernels.
 
     In torch 2.13 the fused ones have no forward-mode derivative (there, the plain one is used) and no second one:
     for the gradient of a gradient enter `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
+    """
+    plain = not torch.compiler.is_compiling() and (transformed() or _slow_when_fused(q))
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels; see `attend`.
 
     Args:
         channels: channels of x.
@@ -161,9 +171,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        plain = not torch.compiler.is_compiling() and (transformed() or _slow_when_fused(q))
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         y = x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)
         return y if self.rescale == 1 else y * self.rescale
 

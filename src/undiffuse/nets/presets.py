@@ -1,7 +1,7 @@
-"""Published networks by name, as arguments of the networks of `undiffuse.nets`: plain numbers, strings and lists.
+"""Published networks by name, as arguments of `UNet` (`DiT` where so named): plain numbers, strings and lists.
 
 `UNet(**preset("ncsnpp"))` builds one; in a recipe write the same values under `model.net`. Counts are of trainable
-parameters, and equal those of the authors' code (ADM: less its learned variances; tests/nets/test_presets.py).
+parameters, and equal those of the authors' code, whose ADM and DiT also predict variances (tests/nets/test_presets.py).
 
 | name | network | reference | trainable parameters |
 |---|---|---|---|
@@ -11,6 +11,7 @@ parameters, and equal those of the authors' code (ADM: less its learned variance
 | `ddpm` | DDPM as in score_sde, CIFAR-10 | Ho et al. 2020 | 35,218,947 |
 | `ncsnpp-256`, `ncsnpp-1024` | NCSN++ cont., CelebA-HQ | Song et al. 2021, appendix H | 65,574,421; 105,785,880 |
 | `adm-64`, `-128`, `-256`, `-512` | ADM, ImageNet by class | Dhariwal and Nichol 2021, table 4 | 296, 422, 554, 559 M |
+| `dit-s-2`, `-b-2`, `-l-2`, `-xl-2` | DiT, latents of ImageNet 256 | Peebles and Xie 2023, table 4 | 33 to 675 M |
 
 The labels that they expect: `ncsnpp*` log sigma (prediction "noise-unscaled"; `ncsnpp` counts 1000 levels of images in
 [-1, 1] from the noisiest, sigma = 100, to the cleanest, sigma = 0.02), `ddpmpp*` and `ddpm` t in [0, 1], `adm-*` the
@@ -74,6 +75,15 @@ _ADM: dict[str, Any] = {
     "resample": "block",
 }
 
+_DIT: dict[str, Any] = {
+    "shape": [4, 32, 32],
+    "patch": 2,
+    "num_classes": 1000,
+    **sinusoids(256, endpoint=False, scale=1000.0, offset=-0.001),
+}
+
+_DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "ncsnpp": {**_NCSNPP, **sinusoids(128, scale=-999 / math.log(5000), offset=-math.log(100))},
     "ncsnpp-continuous": {**_NCSNPP, **_FOURIER},
@@ -119,6 +129,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 128,
         "multipliers": [1, 2, 2, 4, 4, 8, 8],
         "embedding_width": 1024,
+    },
+    **{
+        f"dit-{size}-2": {"width": width, "depth": depth, "heads": heads, **_DIT}
+        for size, (width, depth, heads) in _DIT_SIZES.items()
     },
 }
 
