@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.core.errors import ArgumentError
 from undiffuse.nets import NETS, UNet, norm
 from undiffuse.nets.blocks import Attention
+from unets import batch, small
 
 KNOBS = {
     "plain": {},
@@ -47,23 +48,6 @@ KNOBS = {
         "progressive_input": "input-skip",
     },
 }
-
-
-def small(shape=(2, 8, 8), width=8, multipliers=(1, 2), blocks=1, seed=0, **options) -> UNet:
-    """A small network whose zero layers have been given values."""
-    torch.manual_seed(seed)
-    net = UNet(shape, width, multipliers, blocks, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return net
-
-
-def batch(n=5, shape=(2, 8, 8), dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=generator).to(dtype), torch.rand(n, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
@@ -178,52 +162,6 @@ def test_resolutions_with_attention():
     assert seen == [16, 8, 16, 16]  # on the way down, in the middle, twice on the way up
 
 
-def test_attention_behind_the_last_block_only():
-    net = small((2, 16, 16), 8, (1, 1), blocks=2, attention=[16], up_attention="last", middle_attention=False)
-    seen = [name for name, module in net.named_modules() if isinstance(module, Attention)]
-    assert seen == ["down.0.attention", "down.1.attention", "up.1.2.attention"]
-
-
-def test_heads_are_a_number_or_a_width():
-    for options, heads in (({"heads": 4}, [4, 4]), ({"heads": 1}, [1, 1]), ({"head_width": 4}, [2, 4])):
-        net = UNet([1, 8, 8], 8, [1, 2], 1, [8, 4], middle_attention=False, **options)
-        assert [m.heads for m in net.down.modules() if isinstance(m, Attention)] == heads
-
-
-def test_the_image_reaches_every_level():
-    """With the first convolution silenced, a progressive input still sees the image, from level 1 on."""
-    x, c = batch()
-    for kind, combine in (("none", "sum"), ("residual", "sum"), ("input-skip", "sum"), ("input-skip", "cat")):
-        net = small(progressive_input=kind, combine=combine)
-        with torch.no_grad():
-            net.first.weight.zero_()
-        change = (net(x, c) - net(torch.zeros_like(x), c)).abs().max()
-        assert (change > 1e-2) == (kind != "none")
-
-
-def test_the_answer_is_a_sum_over_levels():
-    """The two heads of an output pyramid, alone: the first level's, and the doubled one of the level below."""
-    net = small((2, 8, 8), progressive_output="output-skip", resample_filter=[1, 3, 3, 1]).double()
-    x, c = batch(2, dtype=torch.float64)
-    seen = {}
-    net.norm.register_forward_hook(lambda m, inputs, y: seen.update(top=y))
-    net.outputs[0].norm.register_forward_hook(lambda m, inputs, y: seen.update(low=y))
-    y = net(x, c)
-    low = net.outputs[0].conv(seen["low"])
-    line = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 4
-    kernel = torch.outer(line, line).expand(2, 1, 4, 4)
-    doubled = nn.functional.conv_transpose2d(low, kernel, stride=2, padding=1, groups=2)
-    assert low.shape[2] == 4
-    torch.testing.assert_close(y, net.last(seen["top"]) + doubled)
-
-
-def test_the_noise_label_is_shifted_then_scaled():
-    net = small(noise_offset=-0.25, noise_scale=3.0)
-    plain = small()
-    x, c = batch()
-    torch.testing.assert_close(net(x, c), plain(x, 3 * (c - 0.25)))
-
-
 def test_dropout_is_off_in_eval():
     net = small(dropout=0.5)
     x, c = batch()
@@ -283,6 +221,7 @@ def test_forward_mode():
         ({"shape": [3, 8, 8], "resample": "conv-end", "resample_filter": [1, 3, 3, 1]}, "conv-end.*has no filter"),
         ({"shape": [3, 8, 8], "progressive_input": "residul"}, "Did you mean 'residual'"),
         ({"shape": [3, 8, 8], "progressive_output": "skip"}, "Did you mean 'output-skip'"),
+        ({"shape": [3, 8, 8], "initial": "glorott"}, "Did you mean 'glorot'"),
         ({"shape": [3, 8, 8], "combine": "concat"}, "unknown combine 'concat'"),
         ({"shape": [3, 8, 8], "up_attention": "first"}, "unknown up_attention 'first'"),
         ({"shape": [3, 8, 8], "attention": [8], "heads": 3}, "heads=3 over 64 channels"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,7 +20,24 @@ def zero(layer: nn.Module) -> nn.Module:
     """The layer with all parameters 0, so that what it ends starts as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (a mark, no parameter)
     return layer
+
+
+def glorot(net: nn.Module) -> None:
+    """The start of Ho et al. 2020 and Song et al. 2021: uniform weights of variance 2 / (fan in + fan out), no offsets.
+
+    Queries, keys and values have a tenth of that variance, each as a layer of its own. What starts at 0 stays.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not getattr(module, "starts_at_zero", False):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, Attention):
+            bound = math.sqrt(3 * 0.1 / module.qkv.in_features)
+            nn.init.uniform_(module.qkv.weight, -bound, bound)
 
 
 def groups_of(channels: int, most: int = 32, least_size: int = 4) -> int:

@@ -57,6 +57,7 @@ _SONG: dict[str, Any] = {
     "resample": "block-conv",
     "skip_rescale": True,
     "norm_eps": 1e-6,
+    "initial": "glorot",
 }
 _CIFAR = {"shape": [3, 32, 32], **_SONG, "dropout": 0.1}
 _FIR = {"resample_filter": [1.0, 3.0, 3.0, 1.0]}

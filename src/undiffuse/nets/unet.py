@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError, choose
-from undiffuse.nets.blocks import Norms, zero
+from undiffuse.nets.blocks import Norms, glorot, zero
 from undiffuse.nets.embedding import Cond, Embedding
 from undiffuse.nets.mlp import event_shape
 from undiffuse.nets.resampling import BOX, Double
 from undiffuse.nets.stages import PROGRESSIVE_OUTPUTS, UP_ATTENTION, Stages
+
+INITIAL: dict[str, Callable[[nn.Module], None] | None] = {"torch": None, "glorot": glorot}
 
 
 class UNet(nn.Module):
@@ -39,6 +41,7 @@ class UNet(nn.Module):
     | `skip_rescale` | True | True | False | False |
     | `progressive_input` | "residual" | "none" | "none" | "none" |
     | `norm_eps` | 1e-6 | 1e-6 | 1e-6 | 1e-5 |
+    | `initial` | "glorot" | "glorot" | "glorot" | "torch" |
 
     `undiffuse.nets.presets` has them by name, with the larger ones. NCSN++'s division of the output by sigma is none
     of the network's business: score = -noise / sigma, so its output before the division is a predicted noise (with the
@@ -75,6 +78,7 @@ class UNet(nn.Module):
         norm_eps: added to the variance in every norm.
         dropout: probability, within the residual blocks.
         out_channels: channels of the result; None: those of x.
+        initial: how weights start: "torch" (as torch's layers do) or "glorot" (as in the first three columns above).
 
     Raises:
         ArgumentError: an unknown name, a number out of range, a resolution that does not occur, a size that is not
@@ -113,6 +117,7 @@ class UNet(nn.Module):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        initial: str = "torch",
     ):
         super().__init__()
         self.shape = event_shape(shape)
@@ -166,6 +171,9 @@ class UNet(nn.Module):
         if choose(progressive_output, PROGRESSIVE_OUTPUTS, "progressive_output"):
             self.outputs.extend(make.image_output(wide, out_channels or channels) for wide, _ in levels[:0:-1])
         self.enlarge = Double(make.resample_filter)
+        start = choose(initial, INITIAL, "initial")
+        if start is not None:
+            start(self)
 
     def _attends(self, attention: Sequence[int]) -> list[bool]:
         """Whether each level has attention."""
