@@ -22,7 +22,7 @@ SONG = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,
 SCORE_SDE = {
     "ncsnpp": ("ve/cifar10_ncsnpp_continuous", SONG),
     "ncsnpp-discrete": ("ve/cifar10_ncsnpp", SONG),
-    "ncsnpp-large": ("ve/celebahq_256_ncsnpp_continuous", SONG),
+    "ncsnpp-large": ("ve/celebahq_256_ncsnpp_continuous", {**SONG, "ch_mult": (1, 1, 2)}),
     "ddpmpp": ("vp/cifar10_ddpmpp_continuous", SONG),
     "ddpm": ("vp/ddpm/cifar10", {**SONG, "nf": 32}),
 }

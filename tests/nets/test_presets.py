@@ -71,3 +71,24 @@ def test_step_features_are_those_of_the_papers():
         features = net.embedding.noise((c + net.embedding.noise_offset) * net.embedding.noise_scale)
         expected = 2**0.5 * torch.cat([angle.cos(), angle.sin()], dim=1)
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
+
+
+def test_fourier_features_are_of_sixteen_times_log_sigma():
+    """cos(2 pi 16 z log sigma) for normal z, the scale that Song et al. 2021 fix (appendix H)."""
+    arguments = {**preset("ncsnpp-continuous"), "shape": [1, 4, 4], "width": 4, "multipliers": [1], "attention": []}
+    torch.manual_seed(7)
+    embedding = UNet(**arguments).embedding
+    torch.manual_seed(7)
+    z = torch.randn(128)
+    log_sigma = torch.tensor([-0.01, 0.02])
+    angle = 2 * torch.pi * 16 * log_sigma[:, None] * z
+    features = embedding.noise((log_sigma + embedding.noise_offset) * embedding.noise_scale)
+    torch.testing.assert_close(features[:, :128], 2**0.5 * angle.cos(), rtol=0, atol=1e-4)
+
+
+def test_discrete_ncsnpp_counts_from_the_noisiest_level():
+    """Steps 0 and 999 of geometric levels from sigma = 50 down to 0.01, in images of twice the range."""
+    embedding = UNet(**{**preset("ncsnpp"), "width": 4, "blocks": 1}).embedding
+    log_sigma = torch.log(2 * torch.tensor([50.0, (50 * 0.01) ** 0.5, 0.01], dtype=torch.float64))
+    steps = (log_sigma + embedding.noise_offset) * embedding.noise_scale
+    torch.testing.assert_close(steps, torch.tensor([0, 499.5, 999], dtype=torch.float64))

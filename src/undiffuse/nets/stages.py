@@ -42,7 +42,7 @@ class Stages:
         choose(self.resample, self._resizers(), "resample")
         choose(self.progressive_input, self._inputs(), "progressive_input")
         choose(self.combine, COMBINE, "combine")
-        object.__setattr__(self, "resample_filter", taps(self.resample_filter))
+        taps(self.resample_filter)
 
     def stage(self, width_in: int, width_out: int, attend: bool) -> Stage:
         """A residual block, with attention where asked for."""

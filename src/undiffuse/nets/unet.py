@@ -20,8 +20,7 @@ INITIAL: dict[str, Callable[[nn.Module], None] | None] = {"torch": None, "glorot
 
 
 class UNet(nn.Module):
-    """Convolutional U-Net: `net(x, c_noise, cond) -> (B, C, H, W)` in the type of x, exactly 0 before
-    training.
+    """Convolutional U-Net: `net(x, c_noise, cond) -> (B, C, H, W)` in the type of x, exactly 0 before training.
 
     Level i works at resolution (H, W) / 2^i with `width * multipliers[i]` channels. On the way down each level has
     `blocks` residual blocks, on the way up `blocks + 1`, each of which is given one stored activation of the way
@@ -33,17 +32,20 @@ class UNet(nn.Module):
     | `blocks` | 4, deep: 8 | 4, deep: 8 | 2 | 3 |
     | `attention`, `up_attention` | [16], "last" | [16], "last" | [16], "last" | [32, 16, 8], "every" |
     | `heads`, `head_width` | 1 | 1 | 1 | None, 64 |
-    | `embedding` | "fourier", `noise_scale` 16 | "sinusoidal" | "sinusoidal" | "sinusoidal" |
+    | `embedding`, `noise_scale` | "fourier", 16 | "sinusoidal", 999 | "sinusoidal", 999 | "sinusoidal", 1000 |
+    | `noise_frequencies` | | [1, 1e-4] | [1, 1e-4] | [1, 1.1e-4] |
     | `noise_features` | 2 width | width | width | width |
+    | `late_condition` | | | | True |
     | `modulation` | "shift" | "shift" | "shift" | "scale-shift" |
     | `resample` | "block-conv" | "block-conv" | "conv-end" | "block" |
     | `resample_filter` | [1, 3, 3, 1] | [1, 1] | [1, 1] | [1, 1] |
     | `skip_rescale` | True | True | False | False |
-    | `progressive_input` | "residual" | "none" | "none" | "none" |
+    | `progressive_input` | "residual", large images: "input-skip" | "none" | "none" | "none" |
+    | `progressive_output` | "none", large images: "output-skip" | "none" | "none" | "none" |
     | `norm_eps` | 1e-6 | 1e-6 | 1e-6 | 1e-5 |
     | `initial` | "glorot" | "glorot" | "glorot" | "torch" |
 
-    `undiffuse.nets.presets` has them by name, with the larger ones. NCSN++'s division of the output by sigma is none
+    `undiffuse.nets.presets` has them by name, in all their sizes. NCSN++'s division of the output by sigma is none
     of the network's business: score = -noise / sigma, so its output before the division is a predicted noise (with the
     opposite sign), which `NetworkDenoiser(..., prediction="noise-unscaled")` divides where a score is asked for.
 
