@@ -31,6 +31,24 @@ FROM_DATA = ("shape", "num_classes", "cond_dim")
 # What the library passes itself: the splits are named by the sections, the seed of training is the recipe's.
 _DATA_OWN = ("split", "progress")
 _TRAINING_OWN = ("seed",)
+# Options that came when there were runs already. Where they are as by default they stay unwritten, so that those runs
+# can be resumed; a default of these may not change.
+_CAME_LATER = {
+    "unet": {
+        "up_attention",
+        "heads",
+        "late_condition",
+        "noise_offset",
+        "noise_frequencies",
+        "resample_filter",
+        "progressive_input",
+        "combine",
+        "progressive_output",
+        "norm_groups",
+        "norm_eps",
+        "initial",
+    }
+}
 _USUAL = 'set objective.target to "conditional"'
 
 
@@ -81,7 +99,7 @@ def check(settings: Settings) -> Settings:
         raise RecipeError(f"data.flip = {flip!r}: must be true or false.")
     tree["data"] = {**complete(load, data, "data", left_out=_DATA_OWN), "flip": flip}
     nets = ENERGY_NETS if energies.is_energy(settings) else DENOISING_NETS
-    tree["model"]["net"] = resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",))
+    tree["model"]["net"] = _written(resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",)))
     tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
     for name in tree["evaluation"]["metrics"]:
         known(METRICS, name, "metric", "evaluation.metrics")
@@ -99,6 +117,13 @@ def check(settings: Settings) -> Settings:
         path(checked)
         solver(checked.sampling.solver)
     return checked
+
+
+def _written(net: dict[str, Any]) -> dict[str, Any]:
+    """A network's choice without what came later and is as by default."""
+    later = _CAME_LATER.get(net["name"], set())
+    usual = complete(NETS[net["name"]], {}, "", later=("shape",)) if later else {}
+    return {key: value for key, value in net.items() if key not in later or value != usual[key]}
 
 
 def _check_denoiser(tree: dict[str, Any]) -> None:
