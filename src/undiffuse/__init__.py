@@ -39,7 +39,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "HMC", "MALA", "AnnealedLangevin", "Langevin", "ParallelTempering", "Underdamped", "make_grid", "sample",
     ),
     "undiffuse.inference": ("annealed_importance_sampling", "bracket_log_z"),
-    "undiffuse.recipes": ("Recipe", "Run", "load_recipe", "load_run", "train"),
+    "undiffuse.integrations": ("import_weights",),
+    "undiffuse.recipes": ("Recipe", "Run", "adopt", "load_recipe", "load_run", "train"),
 }  # fmt: skip
 _MODULES = {
     "data": "undiffuse.data",
@@ -107,12 +108,14 @@ __all__ = [
     "Underdamped",
     "UndiffuseError",
     "__version__",
+    "adopt",
     "annealed_importance_sampling",
     "bracket_log_z",
     "change_of_path",
     "data",
     "exact_flow",
     "geometric_levels",
+    "import_weights",
     "inference",
     "levels_from_data",
     "load_recipe",
@@ -173,6 +176,7 @@ if TYPE_CHECKING:
     )
     from undiffuse.fields import prediction as predictions
     from undiffuse.inference import annealed_importance_sampling, bracket_log_z
+    from undiffuse.integrations import import_weights
     from undiffuse.objectives import (
         SURE,
         ConcreteScoreMatching,
@@ -214,7 +218,7 @@ if TYPE_CHECKING:
         geometric_levels,
         levels_from_data,
     )
-    from undiffuse.recipes import Recipe, Run, load_recipe, load_run, train
+    from undiffuse.recipes import Recipe, Run, adopt, load_recipe, load_run, train
     from undiffuse.solvers import (
         HMC,
         MALA,

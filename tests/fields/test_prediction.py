@@ -8,7 +8,7 @@ import torch
 from undiffuse.core.errors import ArgumentError
 from undiffuse.fields import PREDICTIONS
 from undiffuse.fields.prediction import convert, get
-from undiffuse.paths import VP, Karras, Linear, Trig
+from undiffuse.paths import VE, VP, Karras, Linear, Trig
 from worlds import PATHS
 
 F64 = torch.float64
@@ -40,7 +40,7 @@ def quantity(name, path, t, x_0, noise):
         level, sd = sigma / alpha, 0.5
         skip, out = sd**2 / (level**2 + sd**2), level * sd / (level**2 + sd**2).sqrt()
         return (x_0 - skip * x_t / alpha) / out
-    return {"data": x_0, "noise": noise, "v": alpha * noise - sigma * x_0}[name]
+    return {"data": x_0, "noise": noise, "noise-unscaled": noise, "v": alpha * noise - sigma * x_0}[name]
 
 
 @every_path
@@ -110,3 +110,16 @@ def test_velocity_and_v_agree_on_the_trigonometric_path_only():
 def test_unknown_prediction_offers_the_nearest():
     with pytest.raises(ArgumentError, match="Did you mean 'velocity'"):
         get("velocty")
+
+
+def test_unscaled_noise_is_ncsnpps_parametrisation():
+    """score = h / sigma of Song et al. 2021: eps = -h, the input is x_t itself, the label log sigma."""
+    path = VE(0.02, 100.0)
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=F64)
+    c = get("noise-unscaled").coefficients(path, t)
+    sigma = 0.02 * 5000**t
+    torch.testing.assert_close(c.c_in, torch.ones(3, dtype=F64))
+    torch.testing.assert_close(c.c_noise, sigma.log())
+    x_t, h = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    torch.testing.assert_close(-c.noise(-h, x_t) / sigma[:, None], h / sigma[:, None])
+    torch.testing.assert_close(c.data(-h, x_t), x_t + sigma[:, None] * h)

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.nets.blocks import Attention, Double, Halve, ResidualBlock, Same, groups_of
+from undiffuse.nets.blocks import Attention, ResidualBlock, groups_of
+from undiffuse.nets.resampling import Double, Halve, Same
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

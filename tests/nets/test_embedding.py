@@ -116,3 +116,15 @@ def test_wrong_construction_is_refused():
 
 def test_table_has_a_row_for_every_label_and_one_more():
     assert Labels(5, 7).table.weight.shape == (6, 7)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_condition_joins_behind_the_first_layer_or_the_second(late):
+    torch.manual_seed(0)
+    module = Embedding(6, num_classes=3, features=8, noise_scale=2.0, noise_offset=0.5, late_condition=late).double()
+    c, labels = torch.tensor([0.1, 0.7], dtype=torch.float64), torch.tensor([2, -1])
+    silu = torch.nn.functional.silu
+    told = module.label.table.weight[[2, 3]]
+    h = module.first(module.noise(2 * (c + 0.5)))
+    expected = module.second(silu(h)) + told if late else module.second(silu(h + told))
+    torch.testing.assert_close(module(c, labels), silu(expected))

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.core.errors import ArgumentError
 from undiffuse.nets import NETS, UNet, norm
 from undiffuse.nets.blocks import Attention
+from unets import batch, small
 
 KNOBS = {
     "plain": {},
@@ -17,24 +18,36 @@ KNOBS = {
     "ddpm": {"modulation": "shift", "resample": "conv", "attention": [4], "middle_attention": True},
     "adm": {"resample": "block", "attention": [8, 4], "head_width": 4, "embedding": "fourier"},
     "pool": {"resample": "pool", "middle_attention": False},
+    "ncsn++": {
+        "modulation": "shift",
+        "resample": "block-conv",
+        "resample_filter": [1, 3, 3, 1],
+        "skip_rescale": True,
+        "attention": [8],
+        "up_attention": "last",
+        "heads": 2,
+        "embedding": "fourier",
+        "progressive_input": "residual",
+        "norm_eps": 1e-6,
+    },
+    "large ncsn++": {
+        "modulation": "shift",
+        "resample": "conv",
+        "resample_filter": [1, 3, 3, 1],
+        "progressive_input": "input-skip",
+        "combine": "cat",
+        "progressive_output": "output-skip",
+    },
+    "adm's labels": {
+        "resample": "conv-end",
+        "late_condition": True,
+        "norm_groups": 4,
+        "noise_frequencies": [1, 0.1],
+        "noise_scale": 2.0,
+        "noise_offset": -0.5,
+        "progressive_input": "input-skip",
+    },
 }
-
-
-def small(shape=(2, 8, 8), width=8, multipliers=(1, 2), blocks=1, seed=0, **options) -> UNet:
-    """A small network whose zero layers have been given values."""
-    torch.manual_seed(seed)
-    net = UNet(shape, width, multipliers, blocks, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return net
-
-
-def batch(n=5, shape=(2, 8, 8), dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=generator).to(dtype), torch.rand(n, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
@@ -204,6 +217,17 @@ def test_forward_mode():
         ({"shape": [3, 8, 8], "dropout": 1.0}, "dropout=1.0"),
         ({"shape": [3, 8, 8], "multipliers": []}, r"multipliers=\[\]"),
         ({"shape": [3, 8, 8], "blocks": 0}, "blocks=0"),
+        ({"shape": [3, 8, 8], "resample_filter": [1, 2, 1]}, "even number of taps"),
+        ({"shape": [3, 8, 8], "resample": "conv-end", "resample_filter": [1, 3, 3, 1]}, "conv-end.*has no filter"),
+        ({"shape": [3, 8, 8], "progressive_input": "residul"}, "Did you mean 'residual'"),
+        ({"shape": [3, 8, 8], "progressive_output": "skip"}, "Did you mean 'output-skip'"),
+        ({"shape": [3, 8, 8], "initial": "glorott"}, "Did you mean 'glorot'"),
+        ({"shape": [3, 8, 8], "combine": "concat"}, "unknown combine 'concat'"),
+        ({"shape": [3, 8, 8], "up_attention": "first"}, "unknown up_attention 'first'"),
+        ({"shape": [3, 8, 8], "attention": [8], "heads": 3}, "heads=3 over 64 channels"),
+        ({"shape": [3, 8, 8], "norm_groups": 5}, "norm_groups=5 over 64 channels"),
+        ({"shape": [3, 8, 8], "noise_frequencies": [1e-4, 1]}, r"noise_frequencies=\[0.0001, 1\]"),
+        ({"shape": [3, 8, 8], "embedding": "fourier", "noise_frequencies": [1, 1]}, "spread by noise_scale"),
     ],
 )
 def test_wrong_construction_is_refused(arguments, message):

@@ -74,6 +74,7 @@ def test_simple_is_the_error_of_the_output(prediction):
     target = {
         "data": x_0,
         "noise": noise,
+        "noise-unscaled": noise,
         "score": -noise / sigma,
         "velocity": -0.5 * beta * alpha * x_0 + 0.5 * beta * alpha**2 / sigma * noise,
         "v": alpha * noise - sigma * x_0,

@@ -10,6 +10,7 @@ import typer
 from undiffuse.cli import console
 from undiffuse.cli.demo import demo
 from undiffuse.cli.evaluate import evaluate
+from undiffuse.cli.importing import import_
 from undiffuse.cli.recipes import recipes
 from undiffuse.cli.report import report
 from undiffuse.cli.sample import sample
@@ -58,6 +59,7 @@ def options(
 
 for command in (train, sample, evaluate, report, recipes, demo):
     app.command()(console.guarded(command))
+app.command("import")(console.guarded(import_))
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
 
 
 class NetworkDenoiser(Denoiser):
-    """A network read as one of the six predictions.
+    """A network read as one of the predictions of `undiffuse.fields.PREDICTIONS`.
 
     The network is called as `net(c_in x_t, c_noise, cond)` in its own dtype, c_noise of shape (B,), and its output F
     gives `x_0 = c_skip x_t + c_out F`; see `undiffuse.predictions`.

@@ -1,4 +1,4 @@
-"""What a network's output means: six predictions, one change of basis (Prop. 6.3.1).
+"""What a network's output means: six quantities, one change of basis (Prop. 6.3.1).
 
 A prediction is a line `F = a x_0 + b eps`. With `x_t = alpha x_0 + sigma eps` that is two equations in (x_0, eps):
 
@@ -100,10 +100,14 @@ def _edm_line(path: Path, t: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]
     return path.sigma(t) / (sigma_data * norm), -sigma_data * path.alpha(t) / norm
 
 
-def _edm_label(path: Path, t: Tensor) -> Tensor:
+def _log_level(path: Path, t: Tensor) -> Tensor:
     # Kept finite where alpha or sigma is 0: e^20 is beyond any noise level in use.
     ratio = path.sigma(t) / path.alpha(t)
-    return 0.25 * torch.log(ratio.clamp(min=2e-9, max=5e8))
+    return torch.log(ratio.clamp(min=2e-9, max=5e8))
+
+
+def _edm_label(path: Path, t: Tensor) -> Tensor:
+    return 0.25 * _log_level(path, t)
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -111,6 +115,15 @@ PREDICTIONS: dict[str, Prediction] = {
     for p in (
         Prediction("data", lambda path, t, _: (torch.ones_like(t), torch.zeros_like(t))),
         Prediction("noise", lambda path, t, _: (torch.zeros_like(t), torch.ones_like(t)), needs_signal=True),
+        # NCSN++ (Song et al. 2021, appendix H): the network sees x_t as large as it is, and log(sigma / alpha). What it
+        # says is divided by sigma where a score is asked for, as their `scale_by_sigma` does.
+        Prediction(
+            "noise-unscaled",
+            lambda path, t, _: (torch.zeros_like(t), torch.ones_like(t)),
+            lambda path, t, _: torch.ones_like(t),
+            _log_level,
+            needs_signal=True,
+        ),
         Prediction("score", lambda path, t, _: (torch.zeros_like(t), -1 / path.sigma(t)), needs_signal=True),
         Prediction("velocity", lambda path, t, _: (path.alpha_dot(t), path.sigma_dot(t))),
         Prediction("v", lambda path, t, _: (-path.sigma(t), path.alpha(t))),

@@ -1,8 +1,10 @@
-"""Parts of the U-Net: residual block, self-attention, changes of resolution."""
+"""Parts of the U-Net: residual block and self-attention."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,7 +20,24 @@ def zero(layer: nn.Module) -> nn.Module:
     """The layer with all parameters 0, so that what it ends starts as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (a mark, no parameter)
     return layer
+
+
+def glorot(net: nn.Module) -> None:
+    """The start of Ho et al. 2020 and Song et al. 2021: uniform weights of variance 2 / (fan in + fan out), no offsets.
+
+    Queries, keys and values have a tenth of that variance, each as a layer of its own. What starts at 0 stays.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not getattr(module, "starts_at_zero", False):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, Attention):
+            bound = math.sqrt(3 * 0.1 / module.qkv.in_features)
+            nn.init.uniform_(module.qkv.weight, -bound, bound)
 
 
 def groups_of(channels: int, most: int = 32, least_size: int = 4) -> int:
@@ -30,12 +49,15 @@ def groups_of(channels: int, most: int = 32, least_size: int = 4) -> int:
 class NormAct(nn.Module):
     """f((1 + s) (w norm(x) + b) + d): group norm with learned w, b and, where given, per-sample s, d (B, C).
 
-    f = SiLU or the identity.
+    f = SiLU or the identity; `groups` None: `groups_of(channels)`.
     """
 
-    def __init__(self, channels: int, *, silu: bool = True, eps: float = 1e-5):
+    def __init__(self, channels: int, *, silu: bool = True, eps: float = 1e-5, groups: int | None = None):
         super().__init__()
-        self.group, self.eps, self.silu = channels // groups_of(channels), eps, silu
+        groups = groups or groups_of(channels)
+        if channels % groups:
+            raise ArgumentError(f"norm_groups={groups} over {channels} channels: expected a number that divides them")
+        self.group, self.eps, self.silu = channels // groups, eps, silu
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -51,49 +73,36 @@ class NormAct(nn.Module):
         return norm_act(x, gain, bias, self.group, self.eps, self.silu)
 
 
-class Same(nn.Module):
-    """No change of resolution."""
+@dataclass(frozen=True)
+class Norms:
+    """How the norms of a network are made: number of groups (None: `groups_of`) and what is added to the variance."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    groups: int | None = None
+    eps: float = 1e-5
 
-
-class Halve(nn.Module):
-    """Mean over 2 x 2 pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2)
-
-    def learned(self, channels: int) -> Resize:
-        """A convolution at every second pixel."""
-        return Resize(Same(), nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+    def __call__(self, channels: int, *, silu: bool = True) -> NormAct:
+        return NormAct(channels, silu=silu, eps=self.eps, groups=self.groups)
 
 
-class Double(nn.Module):
-    """Each pixel becomes 2 x 2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-    def learned(self, channels: int) -> Resize:
-        """Repeated pixels, then a convolution."""
-        return Resize(Double(), nn.Conv2d(channels, channels, 3, padding=1))
+PLAIN = Norms()
 
 
 class ResidualBlock(nn.Module):
     """x <- r (R x + conv(dropout(silu(modulate(norm(conv(R silu(norm(x)))), e)))))
 
-    R changes the resolution or is the identity, r = 1/sqrt(2) or 1; a 1x1 convolution takes the skip branch to
+    R changes the resolution or is the identity, r = 1/sqrt(2) or 1; a 1x1 convolution takes the skip branch R x to
     another number of channels. The second convolution is 0 at the start.
 
     Args:
         width_in, width_out: channels.
         embedding: size of e.
-        resample: `Same()`, `Halve()` or `Double()`.
+        resample: `Same()`, `Halve()` or `Double()`, of `undiffuse.nets.resampling`.
         modulation: "scale-shift" (s, d = linear(e) after the second norm; Dhariwal and Nichol 2021) or "shift"
             (d = linear(e) before it; Ho et al. 2020).
         dropout: probability.
         rescale: r.
+        norms: how norms are made.
+        skip_conv: the 1x1 convolution also where the number of channels stays (Song et al. 2021, as in BigGAN).
     """
 
     takes_stored = False  # on its own, between two levels; within a Stage, the Stage says so
@@ -108,16 +117,18 @@ class ResidualBlock(nn.Module):
         modulation: str,
         dropout: float,
         rescale: float,
+        norms: Norms = PLAIN,
+        skip_conv: bool = False,
     ):
         super().__init__()
         self.resample, self.rescale, self.dropout = resample, rescale, dropout
         self.scaled = modulation == "scale-shift"
-        self.norm_1 = NormAct(width_in)
+        self.norm_1 = norms(width_in)
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, width_out * (2 if self.scaled else 1))
-        self.norm_2 = NormAct(width_out)
+        self.norm_2 = norms(width_out)
         self.conv_2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
-        self.skip = None if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+        self.skip = nn.Conv2d(width_in, width_out, 1) if skip_conv or width_in != width_out else None
 
     def forward(self, x: Float[Tensor, "b c h w"], e: Float[Tensor, "b e"]) -> Float[Tensor, "b d i j"]:
         h = self.conv_1(self.resample(self.norm_1(x)))
@@ -139,19 +150,30 @@ def _slow_when_fused(q: Float[Tensor, "b heads tokens d"]) -> bool:
     return q.device.type == "cpu" and q.dtype.itemsize < 4 and q.shape[2] <= 64
 
 
-class Attention(nn.Module):
-    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels, by torch's own kernels.
+def attend(
+    q: Float[Tensor, "b heads n d"], k: Float[Tensor, "b heads n d"], v: Float[Tensor, "b heads n d"]
+) -> Float[Tensor, "b heads n d"]:
+    """softmax(q k^T / sqrt(d)) v, by torch's own kernels.
 
     In torch 2.13 the fused ones have no forward-mode derivative (there, the plain one is used) and no second one:
     for the gradient of a gradient enter `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
+    """
+    plain = not torch.compiler.is_compiling() and (transformed() or _slow_when_fused(q))
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """x <- r (x + out(softmax(q k^T / sqrt(d)) v)), heads of width d over all pixels; see `attend`.
 
     Args:
         channels: channels of x.
         head_width: d; `channels` is split in `channels // d` heads, one if it is less than d.
         rescale: r.
+        norms: how its norm is made.
     """
 
-    def __init__(self, channels: int, head_width: int, rescale: float):
+    def __init__(self, channels: int, head_width: int, rescale: float, norms: Norms = PLAIN):
         super().__init__()
         self.heads = max(1, channels // head_width)
         if channels % self.heads:
@@ -159,7 +181,7 @@ class Attention(nn.Module):
                 f"attention over {channels} channels with head_width={head_width}: expected a width that divides them"
             )
         self.rescale = rescale
-        self.norm = NormAct(channels, silu=False)
+        self.norm = norms(channels, silu=False)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -167,9 +189,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        plain = not torch.compiler.is_compiling() and (transformed() or _slow_when_fused(q))
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         y = x + self.out(mixed).reshape(b, h, w, c).permute(0, 3, 1, 2)
         return y if self.rescale == 1 else y * self.rescale
 
@@ -186,17 +206,3 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         x = self.block(x, e)
         return x if self.attention is None else self.attention(x)
-
-
-class Resize(nn.Module):
-    """A change of resolution that is not told the noise level: the bare map, or with a convolution."""
-
-    takes_stored = False
-
-    def __init__(self, resample: nn.Module, conv: nn.Module | None):
-        super().__init__()
-        self.resample, self.conv = resample, conv
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        x = self.resample(x)
-        return x if self.conv is None else self.conv(x)

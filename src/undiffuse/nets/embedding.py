@@ -7,7 +7,7 @@ significant digits, too few to tell neighbouring noise levels apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ class Sinusoidal(nn.Module):
 
     (Vaswani et al. 2017, section 3.5, at unit magnitude.) The default range suits labels of order one, such as a
     scaled log-SNR: the lowest frequency is monotone over [-3, 3], the highest tells labels 0.02 apart.
-    For labels 0 ... 999 take `highest=1, lowest=1e-4`.
+    For labels 0 ... 999 take `highest=1, lowest=1e-4` (Ho et al. 2020).
     """
 
     frequencies: Tensor
@@ -121,15 +121,17 @@ class Vector(nn.Module):
 class Embedding(nn.Module):
     """Noise label and condition -> one vector per sample, float32 at least, (B, width).
 
-    e = silu(W_2 silu(W_1 noise(c_noise * noise_scale) + label + vector))
+    e = silu(W_2 silu(W_1 noise(noise_scale (c_noise + noise_offset)) + label + vector))
 
     Args:
         width: size of the result.
         noise: "sinusoidal" or "fourier".
         num_classes: number of class labels, or None.
         cond_dim: size of the vector condition, or None.
-        noise_scale: factor on the noise label.
+        noise_scale, noise_offset: what is done to the noise label first.
         features: number of noise features, even.
+        frequencies: (highest, lowest) of the sinusoidal features; None: `Sinusoidal`'s.
+        late_condition: add label and vector behind W_2 (Dhariwal and Nichol 2021) instead of behind W_1.
 
     `cond` is a label tensor if only `num_classes` is set, a vector tensor if only `cond_dim` is; with both, and
     wherever it is clearer, a dict with keys "label" and "vector", either of which may be left out.
@@ -143,13 +145,17 @@ class Embedding(nn.Module):
         num_classes: int | None = None,
         cond_dim: int | None = None,
         noise_scale: float = 1.0,
+        noise_offset: float = 0.0,
         features: int = 64,
+        frequencies: Sequence[float] | None = None,
+        late_condition: bool = False,
     ):
         super().__init__()
         if features < 2 or features % 2:
             raise ArgumentError(f"{features} noise features: expected an even number, at least 2")
-        self.noise_scale = noise_scale
-        self.noise = choose(noise, NOISE_EMBEDDINGS, "noise embedding")(features)
+        self.noise_scale, self.noise_offset, self.late_condition = noise_scale, noise_offset, late_condition
+        kind = choose(noise, NOISE_EMBEDDINGS, "noise embedding")
+        self.noise = kind(features) if frequencies is None else kind(features, *_range(noise, frequencies))
         self.label = None if num_classes is None else Labels(num_classes, width)
         self.vector = None if cond_dim is None else Vector(cond_dim, width)
         self.first = nn.Linear(features, width)
@@ -157,14 +163,19 @@ class Embedding(nn.Module):
 
     def forward(self, c_noise: Float[Tensor, " b"], cond: Cond = None) -> Float[Tensor, "b width"]:
         label, vector = self.split(cond)
-        batch = c_noise.shape[0]
         with torch.autocast(c_noise.device.type, enabled=False):
-            h = _linear(self.first, self.noise(_wide(c_noise) * self.noise_scale))
-            if self.label is not None:
-                h = h + self.label(label, batch)
-            if self.vector is not None:
-                h = h + self.vector(vector, batch)
-            return F.silu(_linear(self.second, F.silu(h)))
+            h = _linear(self.first, self.noise((_wide(c_noise) + self.noise_offset) * self.noise_scale))
+            if self.late_condition:
+                return F.silu(self._told(_linear(self.second, F.silu(h)), label, vector))
+            return F.silu(_linear(self.second, F.silu(self._told(h, label, vector))))
+
+    def _told(self, h: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
+        """`h` with the embeddings of label and vector added."""
+        if self.label is not None:
+            h = h + self.label(label, h.shape[0])
+        if self.vector is not None:
+            h = h + self.vector(vector, h.shape[0])
+        return h
 
     def split(self, cond: Cond) -> tuple[Tensor | None, Tensor | None]:
         """(labels, vectors) of a condition, either None.
@@ -188,6 +199,16 @@ class Embedding(nn.Module):
         if unknown:
             raise ArgumentError(f"the condition has the key '{unknown[0]}': this network knows {known or 'none'}")
         return cond.get("label"), cond.get("vector")
+
+
+def _range(noise: str, frequencies: Sequence[float]) -> tuple[float, float]:
+    """(highest, lowest), checked."""
+    if noise != "sinusoidal" or len(frequencies) != 2 or not 0 < frequencies[1] <= frequencies[0] < math.inf:
+        raise ArgumentError(
+            f"noise_frequencies={list(frequencies)} with embedding='{noise}': expected [highest, lowest], positive, "
+            f"of sinusoidal features; Fourier features are spread by noise_scale"
+        )
+    return frequencies[0], frequencies[1]
 
 
 def _wide(x: Tensor) -> Tensor:

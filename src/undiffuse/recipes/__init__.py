@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "adopt": "adopt",
     "Recipe": "recipe",
     "Run": "run",
     "Sampler": "generate",
@@ -16,7 +17,7 @@ _HOME = {
     "train": "launch",
 }
 
-__all__ = ["Recipe", "Run", "Sampler", "find_run", "list_recipes", "load_recipe", "load_run", "train"]
+__all__ = ["Recipe", "Run", "Sampler", "adopt", "find_run", "list_recipes", "load_recipe", "load_run", "train"]
 
 
 def __getattr__(name: str):
@@ -26,6 +27,7 @@ def __getattr__(name: str):
 
 
 if TYPE_CHECKING:
+    from undiffuse.recipes.adopt import adopt
     from undiffuse.recipes.catalogue import list_recipes
     from undiffuse.recipes.generate import Sampler
     from undiffuse.recipes.launch import train

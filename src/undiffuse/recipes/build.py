@@ -31,6 +31,24 @@ FROM_DATA = ("shape", "num_classes", "cond_dim")
 # What the library passes itself: the splits are named by the sections, the seed of training is the recipe's.
 _DATA_OWN = ("split", "progress")
 _TRAINING_OWN = ("seed",)
+# Options that came when there were runs already. Where they are as by default they stay unwritten, so that those runs
+# can be resumed; a default of these may not change.
+_CAME_LATER = {
+    "unet": {
+        "up_attention",
+        "heads",
+        "late_condition",
+        "noise_offset",
+        "noise_frequencies",
+        "resample_filter",
+        "progressive_input",
+        "combine",
+        "progressive_output",
+        "norm_groups",
+        "norm_eps",
+        "initial",
+    }
+}
 _USUAL = 'set objective.target to "conditional"'
 
 
@@ -44,7 +62,19 @@ def sigmas(levels: int = 232, smallest: float = 0.01, largest: float = 50.0) -> 
     return Tabulated.from_sigmas(geometric_levels(smallest, largest, levels))
 
 
-ALL_PATHS: dict[str, Callable[..., Path]] = {**PATHS, "tabulated-betas": betas, "tabulated-sigmas": sigmas}
+def cosine_betas(levels: int = 1000, most: float = 0.999) -> Tabulated:
+    """The cosine chain, its step variances cut at `most` (Nichol and Dhariwal 2021, eq. 17 and after)."""
+    grid = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
+    signal = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
+    return Tabulated.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=most))
+
+
+ALL_PATHS: dict[str, Callable[..., Path]] = {
+    **PATHS,
+    "tabulated-betas": betas,
+    "tabulated-cosine": cosine_betas,
+    "tabulated-sigmas": sigmas,
+}
 
 
 @cache
@@ -69,7 +99,7 @@ def check(settings: Settings) -> Settings:
         raise RecipeError(f"data.flip = {flip!r}: must be true or false.")
     tree["data"] = {**complete(load, data, "data", left_out=_DATA_OWN), "flip": flip}
     nets = ENERGY_NETS if energies.is_energy(settings) else DENOISING_NETS
-    tree["model"]["net"] = resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",))
+    tree["model"]["net"] = _written(resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",)))
     tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
     for name in tree["evaluation"]["metrics"]:
         known(METRICS, name, "metric", "evaluation.metrics")
@@ -87,6 +117,13 @@ def check(settings: Settings) -> Settings:
         path(checked)
         solver(checked.sampling.solver)
     return checked
+
+
+def _written(net: dict[str, Any]) -> dict[str, Any]:
+    """A network's choice without what came later and is as by default."""
+    later = _CAME_LATER.get(net["name"], set())
+    usual = complete(NETS[net["name"]], {}, "", later=("shape",)) if later else {}
+    return {key: value for key, value in net.items() if key not in later or value != usual[key]}
 
 
 def _check_denoiser(tree: dict[str, Any]) -> None:

@@ -1,0 +1,120 @@
+"""From the tensors of another project to ours: a list of rules, applied all or not at all.
+
+A rule makes one tensor of ours from one or more of theirs. Names that rules want and the file has not, or that it has
+and no rule wants, are listed together: such a file belongs to another architecture than was said.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.core.errors import CheckpointError
+
+_SHOWN = 8  # names in a message
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A 1 x 1 convolution's weight as a matrix."""
+    return tensor.flatten(1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`ours = make(*theirs)`."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    make: Callable[..., Tensor] = as_it_is
+
+
+def layer(ours: str, theirs: str, weight: Callable[..., Tensor] = as_it_is) -> list[Rule]:
+    """A layer with weight and bias under their usual names."""
+    return [Rule(f"{ours}.weight", (f"{theirs}.weight",), weight), Rule(f"{ours}.bias", (f"{theirs}.bias",))]
+
+
+def stacked(*tensors: Tensor) -> Tensor:
+    """Rows of several tensors, one after the other."""
+    return torch.cat(tensors)
+
+
+def sines_first(weight: Tensor) -> Tensor:
+    """First layer behind features [sin, cos], for ours: sqrt(2) [cos, sin]."""
+    return cosines_first(torch.cat(weight.chunk(2, dim=1)[::-1], dim=1))
+
+
+def cosines_first(weight: Tensor) -> Tensor:
+    """First layer behind features [cos, sin], for ours: sqrt(2) [cos, sin]."""
+    return weight * 0.5**0.5
+
+
+def by_head(heads: int, order: str) -> Callable[[Tensor], Tensor]:
+    """Rows of a joint projection to queries, keys and values, for ours: (3, heads, d).
+
+    Args:
+        heads: number of them.
+        order: the given order, of "3" (which of the three), "h" (head) and "d" (channel of the head): "h3d", "hd3".
+    """
+
+    def make(tensor: Tensor) -> Tensor:
+        sizes = {"3": 3, "h": heads, "d": tensor.shape[0] // (3 * heads)}
+        split = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+        split = split.reshape(*[sizes[axis] for axis in order], -1)
+        split = split.permute(*[order.index(axis) for axis in "3hd"], 3).flatten(0, 2)
+        return split if tensor.ndim > 1 else split[:, 0]
+
+    return make
+
+
+def apply(
+    rules: Sequence[Rule], given: Mapping[str, Tensor], net: nn.Module, what: str, unused: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The network's state made from theirs, in float32.
+
+    Args:
+        rules: one for each tensor of the network.
+        given: their state dict.
+        net: ours, for the names and shapes (on the meta device).
+        what: what to call the given weights in messages.
+        unused: their names that may be there for nothing.
+
+    Raises:
+        CheckpointError: missing and unknown names, nearest first; or a tensor of another shape.
+    """
+    wanted = {name for rule in rules for name in rule.theirs}
+    missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted - set(unused))
+    if missing or unknown:
+        raise CheckpointError(f"{what}: {_differences(missing, unknown)} Is it of this architecture?")
+    made = {rule.ours: rule.make(*[given[name].float() for name in rule.theirs]).contiguous() for rule in rules}
+    for name, tensor in net.state_dict().items():
+        if made[name].shape != tensor.shape:
+            sources = next(rule.theirs for rule in rules if rule.ours == name)
+            raise CheckpointError(
+                f"{what}: '{sources[0]}' gives {tuple(made[name].shape)} where this network's {name} is "
+                f"{tuple(tensor.shape)}: expected the weights of the architecture that was named"
+            )
+    return made
+
+
+def _differences(missing: list[str], unknown: list[str]) -> str:
+    """Missing and unknown names, those that are likest to one another first."""
+    near = {name: difflib.get_close_matches(name, unknown, n=1, cutoff=0.5) for name in missing[: 10 * _SHOWN]}
+    order = sorted(missing, key=lambda name: (not near.get(name), name))
+    lines = [f"'{name}'" + (f" (it has '{near[name][0]}')" if near.get(name) else "") for name in order[:_SHOWN]]
+    text = [f"{len(missing)} missing: {_listed(lines, len(missing))}."] if missing else []
+    if unknown:
+        lines = [f"'{name}'" for name in unknown[:_SHOWN]]
+        text.append(f"{len(unknown)} unknown: {_listed(lines, len(unknown))}.")
+    return " ".join(text)
+
+
+def _listed(lines: list[str], total: int) -> str:
+    return ", ".join(lines) + (", ..." if total > len(lines) else "")

@@ -1,0 +1,77 @@
+"""`adopt`: a run folder for a network that was trained elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undiffuse.core.errors import RunError
+from undiffuse.nets import NETS
+from undiffuse.recipes.recipe import Recipe
+from undiffuse.recipes.run import Run, new_run_folder
+from undiffuse.recipes.tables import make
+from undiffuse.recipes.text import apply_overrides
+from undiffuse.training import locked
+from undiffuse.training.checkpoint import save_checkpoint
+from undiffuse.training.files import disk_errors, replace_file
+from undiffuse.training.state import restore_module
+
+
+def adopt(
+    name: str,
+    model: Mapping[str, Any],
+    path: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    folder: str | Path | None = None,
+    origin: str = "imported",
+    changes: Iterable[str] = (),
+) -> Run:
+    """Write a run folder that `load_run` opens: a recipe and one checkpoint, of step 0.
+
+    Args:
+        name: of the recipe.
+        model: the recipe's section: net (with its name and shape), prediction, sigma_data.
+        path: the recipe's section.
+        weights: the network's state.
+        folder: the run folder; None: `runs/NAME-YYYYmmdd-HHMMSS`.
+        origin: what to say of the data that it was trained on.
+        changes: `["data.source=parquet", "data.path=cifar10/"]`: values that replace the recipe's.
+
+    Raises:
+        RecipeError: a section that is wrong. RunError: the folder is not empty. CheckpointError: the weights are not
+            those of the network.
+    """
+    net = model["net"]
+    tree: dict[str, Any] = {
+        "name": name,
+        "description": f"{origin}, imported",
+        "data": {"source": "folder", "path": None, "size": list(net["shape"][1:])},
+        "path": dict(path),
+        "model": dict(model),
+        "facts": {
+            "shape": list(net["shape"]),
+            "num_classes": net.get("num_classes"),
+            "image": True,
+            "data": origin,
+            "fingerprint": "imported",
+        },
+    }
+    if path["name"] == "karras":
+        tree["sampling"] = {"solver": "heun", "steps": 18, "grid": "karras"}
+    recipe = Recipe.from_tree(apply_overrides(tree, changes), origin=f"the recipe of {origin}")
+    place = new_run_folder(name) if folder is None else Path(folder).expanduser()
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise RunError(f"{place} exists and is not empty: give another run folder")
+    with torch.device("meta"):  # no memory: names, shapes and types alone are compared
+        empty = make(NETS, recipe.settings.model.net, "network", "model.net")
+        restore_module(empty, {key: tensor.to("meta") for key, tensor in weights.items()}, place)
+    state = {f"net.{key}": tensor for key, tensor in weights.items()}
+    with disk_errors(f"{place}", "Nothing was changed"), locked(place):
+        save_checkpoint(place, 0, {"model": state}, {"imported": origin}, keep=1)
+        replace_file(place / "recipe.yaml", recipe.to_yaml().encode())
+    return Run(place, recipe)

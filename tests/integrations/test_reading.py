@@ -1,0 +1,144 @@
+"""Files of other projects: code is never run, kinds are recognised, and a run folder comes out of the command."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import undiffuse as ud
+from integrations import planted
+from undiffuse.cli import app
+from undiffuse.core.errors import ArgumentError, CheckpointError, RunError
+from undiffuse.integrations.reading import import_weights, read_file
+from undiffuse.recipes.adopt import adopt
+
+FLAGS = " ".join(f"--{name} {value}" for name, value in planted.GUIDED["adm"].items())
+
+
+class Evil:
+    """What a pickle can do to whoever opens it."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return open, (str(self.place), "w")
+
+
+@pytest.mark.parametrize("name", ["network-snapshot.pkl", "weights.pt", "ema.pth"])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_code_is_refused_and_not_run(name, how, tmp_path):
+    place, trap = tmp_path / name, tmp_path / "ran"
+    if how == "pickle":
+        place.write_bytes(pickle.dumps({"ema": Evil(trap)}))
+    else:
+        torch.save({"ema": Evil(trap)}, place)
+    with pytest.raises(CheckpointError, match="names code") as caught:
+        import_weights(place)
+    assert not trap.exists()
+    said = str(caught.value)
+    assert "torch.save(net.state_dict()" in said
+    assert "net.init_kwargs" in said
+
+
+def test_damaged_files_are_named(tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save({"a": torch.randn(1000)}, file)
+    whole = file.read_bytes()
+    for content in (whole[:2000], b"", b"hello"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"weights\.pt"):
+            read_file(file)
+    (tmp_path / "w.safetensors").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="as safetensors"):
+        read_file(tmp_path / "w.safetensors")
+    with pytest.raises(ArgumentError, match="there is no file"):
+        import_weights(tmp_path / "absent.pt")
+
+
+def edm_file(folder, case="edm-ddpmpp"):
+    kind, arguments = planted.EDM[case]
+    file = folder / "EDM network.pt"
+    torch.save({"class": kind, "arguments": arguments, "weights": planted.weights(case)}, file)
+    return file
+
+
+def diffusers_folder(folder, case="diffusers"):
+    for name in ("unet", "scheduler"):
+        (folder / name).mkdir(parents=True)
+    config = {"_class_name": "UNet2DModel", **planted.DIFFUSERS[case]}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    save_file(planted.weights(case), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    scheduler = {"beta_schedule": "linear", "num_train_timesteps": 500, "prediction_type": "v_prediction"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+def test_kinds_are_recognised(tmp_path):
+    assert import_weights(edm_file(tmp_path)).prediction == "edm"
+    found = import_weights(diffusers_folder(tmp_path / "pipeline"))
+    assert (found.prediction, found.path["levels"]) == ("v", 500)
+    alone = import_weights(tmp_path / "pipeline" / "unet")
+    assert (alone.prediction, alone.path["levels"]) == ("v", 500)  # the scheduler beside it
+    torch.save(planted.weights("adm"), tmp_path / "adm.pt")
+    with pytest.raises(ArgumentError, match="MODEL_FLAGS"):
+        import_weights(tmp_path / "adm.pt")
+    assert import_weights(tmp_path / "adm.pt", flags=FLAGS).net["shape"] == [3, 8, 8]
+    torch.save({"model": planted.weights("ncsnpp")}, tmp_path / "song.pth")
+    with pytest.raises(ArgumentError, match="ve/cifar10_ncsnpp_continuous"):
+        import_weights(tmp_path / "song.pth")
+    with pytest.raises(CheckpointError, match="missing"):
+        import_weights(tmp_path / "song.pth", config="ve/cifar10_ncsnpp_continuous")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ArgumentError, match="holds x"):
+        import_weights(tmp_path / "other.pt")
+    with pytest.raises(ArgumentError, match="no folder of diffusers"):
+        import_weights(tmp_path)
+
+
+def test_the_old_names_of_attention_in_diffusers(tmp_path):
+    folder = diffusers_folder(tmp_path / "old")
+    new = import_weights(folder)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = planted.weights("diffusers")
+    for ours, theirs in old.items():
+        state = {name.replace(f".{ours}.", f".{theirs}."): tensor for name, tensor in state.items()}
+    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    again = import_weights(folder)
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in new.weights.items())
+
+
+def test_the_command_writes_a_run_that_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, folder = edm_file(tmp_path), tmp_path / "imported"
+    call = CliRunner().invoke(app, ["import", str(file), "evaluation.n=50", "--run", str(folder), "--json"])
+    assert call.exit_code == 0, call.stderr
+    assert json.loads(call.stdout)["run"] == str(folder)
+    run = ud.load_run(folder)
+    assert run.recipe.name == "edm-network"
+    assert run.recipe.settings.evaluation.n == 50
+    assert run.checkpoints() == [0]
+    x, sigmas = planted.image(), torch.tensor([0.3, 20.0])
+    answer = run.denoiser()(x, sigmas, planted.LABELS)
+    torch.testing.assert_close(answer, planted.answer("edm-ddpmpp"), rtol=1e-4, atol=1e-4)
+    call = CliRunner().invoke(app, ["sample", str(folder), "--seeds", "0-3", "--steps", "3", "--format", "npz"])
+    assert call.exit_code == 0, call.stderr
+    call = CliRunner().invoke(app, ["import", str(file), "--run", str(folder)])
+    assert call.exit_code == RunError.exit_code
+    assert "not empty" in call.stderr
+    call = CliRunner().invoke(app, ["import", str(file), "path.sigma_min=-1", "--run", str(tmp_path / "other")])
+    assert call.exit_code == ArgumentError.exit_code
+    assert not (tmp_path / "other").exists()
+
+
+def test_adopting_the_weights_of_another_network_is_refused(tmp_path):
+    found = import_weights(edm_file(tmp_path))
+    weights = dict(found.weights)
+    weights.pop("last.bias")
+    net = {"name": "unet", **found.net}
+    with pytest.raises(CheckpointError, match=r"last\.bias"):
+        adopt("a", {"net": net, "prediction": "edm"}, found.path, weights, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
