@@ -36,9 +36,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Rosenbrock", "exact_flow", "posterior_cumulants",
     ),
     "undiffuse.solvers": (
-        "HMC", "MALA", "AnnealedLangevin", "Langevin", "ParallelTempering", "Underdamped", "make_grid", "sample",
+        "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "ParallelTempering", "Underdamped", "make_grid", "sample",
     ),
-    "undiffuse.inference": ("annealed_importance_sampling", "bracket_log_z"),
+    "undiffuse.inference": (
+        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "decode", "encode", "interpolate",
+        "log_likelihood",
+    ),
     "undiffuse.recipes": ("Recipe", "Run", "load_recipe", "load_run", "train"),
 }  # fmt: skip
 _MODULES = {
@@ -59,6 +62,7 @@ __all__ = [
     "SURE",
     "VE",
     "VP",
+    "Adaptive",
     "AnnealedLangevin",
     "BernoulliRBM",
     "ConcreteScoreMatching",
@@ -108,16 +112,21 @@ __all__ = [
     "UndiffuseError",
     "__version__",
     "annealed_importance_sampling",
+    "bits_per_dim",
     "bracket_log_z",
     "change_of_path",
     "data",
+    "decode",
+    "encode",
     "exact_flow",
     "geometric_levels",
     "inference",
+    "interpolate",
     "levels_from_data",
     "load_recipe",
     "load_run",
     "log_density_ratio",
+    "log_likelihood",
     "make_grid",
     "metrics",
     "nets",
@@ -172,7 +181,15 @@ if TYPE_CHECKING:
         posterior_mean,
     )
     from undiffuse.fields import prediction as predictions
-    from undiffuse.inference import annealed_importance_sampling, bracket_log_z
+    from undiffuse.inference import (
+        annealed_importance_sampling,
+        bits_per_dim,
+        bracket_log_z,
+        decode,
+        encode,
+        interpolate,
+        log_likelihood,
+    )
     from undiffuse.objectives import (
         SURE,
         ConcreteScoreMatching,
@@ -218,6 +235,7 @@ if TYPE_CHECKING:
     from undiffuse.solvers import (
         HMC,
         MALA,
+        Adaptive,
         AnnealedLangevin,
         Langevin,
         ParallelTempering,

@@ -32,6 +32,7 @@ class Tolerance:
         rtol, atol: relative to the state, and in its units.
         parts: sizes of the parts of a state that keep the tolerance each by itself; None: it is one.
         max_steps: tried steps per sample, after which the integration is given up.
+        length: measure a part by its length, not by its root mean square, which is sqrt(D) times less.
 
     Raises:
         ArgumentError: a tolerance below 0, both 0, or max_steps < 1.
@@ -41,6 +42,7 @@ class Tolerance:
     atol: float = 1e-5
     parts: Sequence[int] | None = None
     max_steps: int = 10_000
+    length: bool = False
 
     def __post_init__(self):
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0 and self.max_steps >= 1):
@@ -50,10 +52,11 @@ class Tolerance:
             )
 
     def norm(self, value: Rows, size: Rows) -> Float[Tensor, " n"]:
-        """Root mean square of `value / (atol + rtol size)`, of the worst part."""
+        """Root mean square, or length, of `value / (atol + rtol size)`, of the worst part."""
         scaled = (value / (self.atol + self.rtol * size)).square()
         parts = scaled.split(list(self.parts), 1) if self.parts is not None else [scaled]
-        return torch.stack([part.mean(1) for part in parts]).amax(0).sqrt().double()
+        squares = [part.sum(1) if self.length else part.mean(1) for part in parts]
+        return torch.stack(squares).amax(0).sqrt().double()
 
 
 @dataclass(frozen=True)

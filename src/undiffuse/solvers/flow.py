@@ -10,6 +10,7 @@ The second line says that y and its slope are (E[x_0], E[eps]) turned by theta, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +50,10 @@ class Flow:
 
     def time(self, theta: float) -> float:
         return float(self._times(torch.tensor([theta], dtype=torch.float64))[0])
+
+    def described(self, t: float | Tensor, s: float | Tensor) -> Callable[[float], str]:
+        """A position between two times in words."""
+        return lambda theta: f"t = {self.time(theta):.6g} on the way from {float(t):.6g} to {float(s):.6g}"
 
     def _times(self, theta: Tensor) -> Tensor:
         low = max(self.path.t_min, min(self.bound.field.t_low, self.path.t_max))
@@ -95,7 +100,7 @@ def flow(
         tolerance,
         first=first,
         keep=keep,
-        describe=lambda theta: f"t = {slope.time(theta):.6g} of [{float(t):.6g}, {float(s):.6g}]",
+        describe=slope.described(t, s),
     )
     return (solution.y * norm_at(bound.path, s)).reshape(x.shape), solution, slope
 
