@@ -36,9 +36,13 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Rosenbrock", "exact_flow", "posterior_cumulants",
     ),
     "undiffuse.solvers": (
-        "HMC", "MALA", "AnnealedLangevin", "Langevin", "ParallelTempering", "Underdamped", "make_grid", "sample",
+        "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "ParallelTempering", "Underdamped", "make_grid",
+        "sample",
     ),
-    "undiffuse.inference": ("annealed_importance_sampling", "bracket_log_z"),
+    "undiffuse.inference": (
+        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "decode", "encode", "interpolate",
+        "log_likelihood",
+    ),
     "undiffuse.integrations": ("import_weights",),
     "undiffuse.recipes": ("Recipe", "Run", "adopt", "load_recipe", "load_run", "train"),
 }  # fmt: skip
@@ -60,6 +64,7 @@ __all__ = [
     "SURE",
     "VE",
     "VP",
+    "Adaptive",
     "AnnealedLangevin",
     "BernoulliRBM",
     "ConcreteScoreMatching",
@@ -110,17 +115,22 @@ __all__ = [
     "__version__",
     "adopt",
     "annealed_importance_sampling",
+    "bits_per_dim",
     "bracket_log_z",
     "change_of_path",
     "data",
+    "decode",
+    "encode",
     "exact_flow",
     "geometric_levels",
     "import_weights",
     "inference",
+    "interpolate",
     "levels_from_data",
     "load_recipe",
     "load_run",
     "log_density_ratio",
+    "log_likelihood",
     "make_grid",
     "metrics",
     "nets",
@@ -175,7 +185,15 @@ if TYPE_CHECKING:
         posterior_mean,
     )
     from undiffuse.fields import prediction as predictions
-    from undiffuse.inference import annealed_importance_sampling, bracket_log_z
+    from undiffuse.inference import (
+        annealed_importance_sampling,
+        bits_per_dim,
+        bracket_log_z,
+        decode,
+        encode,
+        interpolate,
+        log_likelihood,
+    )
     from undiffuse.integrations import import_weights
     from undiffuse.objectives import (
         SURE,
@@ -222,6 +240,7 @@ if TYPE_CHECKING:
     from undiffuse.solvers import (
         HMC,
         MALA,
+        Adaptive,
         AnnealedLangevin,
         Langevin,
         ParallelTempering,

@@ -191,12 +191,45 @@ def hutchinson(
     """
     if probes < 1:
         raise ArgumentError(f"probes is {probes}: expected at least 1 random direction")
-    directions = (probe(kind, x.shape, generator, dtype=x.dtype, device=x.device) for _ in range(probes))
+    directions = [probe(kind, x.shape, generator, dtype=x.dtype, device=x.device) for _ in range(probes)]
+    return trace_along(f, x, torch.stack(directions), mode)
+
+
+def trace_along(
+    f: Map, x: Event, directions: Float[Tensor, "k b *event"], mode: Mode = "auto"
+) -> tuple[Event, Float[Tensor, " b"]]:
+    """`(f(x), mean over k of u_k^T J u_k)` along given directions, from one evaluation of f where mode is not
+    "forward"."""
     if choose(mode, MODES, "differentiation mode") == "forward":
         value, total = x, x.new_zeros(x.shape[0])
         for u in directions:
             value, form = quadratic_form(f, x, u, mode)
             total = total + form
-        return value, total / probes
-    value, pull = _pullback(f, x)  # one evaluation for all probes
+        return value, total / len(directions)
+    value, pull = _pullback(f, x)
     return value, torch.stack([_dot(pull(u), u) for u in directions]).mean(0)
+
+
+def trace_by_sketch(
+    f: Map, x: Event, sketch: Float[Tensor, "k b *event"], directions: Float[Tensor, "m b *event"]
+) -> tuple[Event, Float[Tensor, " b"]]:
+    """`(f(x), tr(Q^T J Q) + mean over m of v^T J v)`, Q a basis of the columns `J^T S`, v a direction without its part
+    in Q: Hutch++ (Meyer et al. 2021). 2 k + m products with J^T; unbiased, and exact where J has rank <= k.
+
+    Args:
+        sketch: S, k <= D random directions.
+        directions: m more.
+    """
+    value, pull = _pullback(f, x)
+    columns = torch.stack([pull(u).flatten(1) for u in sketch], 2)
+    basis = torch.linalg.qr(columns)[0]
+    total = x.new_zeros(x.shape[0])
+    for j in range(basis.shape[2]):
+        u = basis[:, :, j].reshape(x.shape)
+        total = total + _dot(pull(u), u)
+    rest = []
+    for u in directions:
+        flat = u.flatten(1)
+        v = (flat - torch.einsum("bdk,bek,be->bd", basis, basis, flat)).reshape(x.shape)
+        rest.append(_dot(pull(v), v))
+    return value, total + torch.stack(rest).mean(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +33,14 @@ class Denoiser(nn.Module):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
+
+    @property
+    def t_low(self) -> float:
+        """The smallest time at which the model knows an answer: the path's `t_low`, where training ends.
+
+        Exact denoisers answer down to `path.t_min`.
+        """
+        return self.path.t_low
 
     @abstractmethod
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
@@ -118,6 +127,12 @@ class OnPath(Denoiser):
     def __init__(self, source: Denoiser, path: Path):
         super().__init__(path)
         self.source = source
+
+    @property
+    def t_low(self) -> float:
+        lowest = torch.tensor(self.source.t_low, dtype=torch.float64)
+        mapped = float(change_of_path(self.path, self.source.path, lowest)[0])
+        return self.path.t_min if self.source.t_low == self.source.path.t_min else mapped
 
     def _moved(self, x_t: Event, t: Time) -> tuple[Event, Tensor]:
         tau, scale = change_of_path(self.source.path, self.path, as_time(t, x_t))

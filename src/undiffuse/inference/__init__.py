@@ -1,6 +1,8 @@
-"""Floor 4: questions put to a trained model or a given energy: how large is its partition function?"""
+"""Floor 4: questions put to a trained model or an energy: how likely is this, what lies behind it, how large is Z?"""
 
+from undiffuse.inference.encoding import decode, encode, interpolate
 from undiffuse.inference.energies import NearestClass, denoise, out_of_distribution
+from undiffuse.inference.likelihood import Exact, Hutchinson, HutchPP, Likelihood, bits_per_dim, log_likelihood
 from undiffuse.inference.partition import (
     Bracket,
     LogPartition,
@@ -11,11 +13,20 @@ from undiffuse.inference.partition import (
 
 __all__ = [
     "Bracket",
+    "Exact",
+    "HutchPP",
+    "Hutchinson",
+    "Likelihood",
     "LogPartition",
     "NearestClass",
     "annealed_importance_sampling",
+    "bits_per_dim",
     "bracket_log_z",
+    "decode",
     "denoise",
+    "encode",
+    "interpolate",
+    "log_likelihood",
     "out_of_distribution",
     "reverse_annealed_importance_sampling",
 ]

@@ -145,6 +145,10 @@ class LawDenoiser(Denoiser):
         super().__init__(path)
         self.law = law
 
+    @property
+    def t_low(self) -> float:
+        return self.path.t_min
+
     def _answer(self, x_t: Tensor, t: Time, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         flat = self.law.flat(x_t)
         alpha, sigma = scales_of(self.path, t, flat)

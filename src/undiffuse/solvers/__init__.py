@@ -4,6 +4,7 @@ from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.hamiltonian import HMC
@@ -25,6 +26,7 @@ __all__ = [
     "KERNELS",
     "MALA",
     "SOLVERS",
+    "Adaptive",
     "AnnealedLangevin",
     "BlockGibbs",
     "Bound",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
@@ -41,11 +41,13 @@ class Solver(ABC):
         evals_per_step: field evaluations of a step inside the path. A step that ends in sigma = 0, and for some
             a step that starts in alpha = 0, is a closed form and takes one.
         stochastic: whether steps draw noise.
+        adaptive: whether a step makes evaluations as it needs them, for each sample its own number.
     """
 
     order: ClassVar[float]
     evals_per_step: ClassVar[int]
     stochastic: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """The times used where the caller gives none: `make_grid(path, steps, "canonical")`.
@@ -90,6 +92,7 @@ class Bound:
         self.cond = cond
         self.grid = grid
         self.calls = 0
+        self.per_sample: Tensor | None = None
         self.denoised: Tensor | None = None
         self._scales = self._table(self.path.alpha, self.path.sigma)
         self._rates: dict[float, tuple[float, float]] | None = None
@@ -108,6 +111,11 @@ class Bound:
             raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
         self.denoised = denoised = denoised.to(x.dtype)
         return denoised
+
+    def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> tuple[Event, Event]:
+        """`(E[x_0 | x_t], E[eps | x_t])` of some samples, each at a time of its own."""
+        self.calls += 1
+        return self.field.estimate(x, t.to(torch.promote_types(x.dtype, torch.float32)), rows_of(self.cond, rows))
 
     def _time(self, t: Tensor, x: Tensor) -> Tensor:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""
@@ -131,6 +139,13 @@ class Bound:
         if self._rates is None:
             self._rates = self._table(self.path.alpha_dot, self.path.sigma_dot)
         return self._rates.get(float(t))
+
+
+def rows_of(cond: Cond, rows: Int[Tensor, " n"]) -> Cond:
+    """The condition of some of the samples."""
+    if cond is None:
+        return None
+    return {name: value[rows] for name, value in cond.items()} if isinstance(cond, dict) else cond[rows]
 
 
 def scales(field: Field, t: Tensor) -> tuple[float, float]:

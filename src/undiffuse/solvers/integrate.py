@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -15,17 +16,21 @@ from undiffuse.fields import Denoiser
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "annealed-langevin": AnnealedLangevin,
+    "bosh3": partial(Adaptive, "bosh3"),
     "ddim": DDIM,
     "ddpm": DDPM,
+    "dopri5": Adaptive,
     "dpmpp-2m": DPMpp2M,
     "edm": EDM,
     "euler": Euler,
     "heun": Heun,
+    "tsit5": partial(Adaptive, "tsit5"),
 }
 
 

@@ -28,6 +28,7 @@ class Sample:
     Attributes:
         x: the samples, (B, *event).
         nfe: number of network calls.
+        nfe_each: evaluations that each sample took (B,); fewer than `nfe` where an adaptive solver was done with it.
         trajectory: the states at the times of `grid`, steps + 1 tensors like x, both ends included.
         denoised: the estimate of x_0 of each step, steps tensors like x; none of a Markov chain.
         grid: the times, float64; none of a Markov chain.
@@ -40,6 +41,7 @@ class Sample:
     denoised: tuple[Tensor, ...]
     grid: Tensor
     seed: object
+    nfe_each: Tensor
 
 
 def sample(
@@ -104,7 +106,8 @@ def sample(
                 f"{type(chosen).__name__} is a Markov kernel: it has no grid, corrector or callback here; see its `run`"
             )
         x, nfe, states = _run_chains(chosen, field, z, steps, cond, after_start, return_info)
-        return Sample(x, nfe, (z, *states), (), torch.empty(0), seed) if return_info else x
+        each = torch.full((len(x),), nfe)
+        return Sample(x, nfe, (z, *states), (), torch.empty(0), seed, each) if return_info else x
     if not isinstance(field, Denoiser):
         raise ArgumentError(
             f"solver '{solver}' follows a path, and {type(field).__name__} has none: give a Denoiser, or a Markov "
@@ -114,11 +117,13 @@ def sample(
     start = z if noise is not None else z * float(field.path.sigma(times[0]))
     record: list[Step] = []
     watch = _watcher(callback, record) if return_info else callback
-    x = _follow_path(Bound(field, cond, times), times, start, chosen, after_start, corrector, watch)
+    bound = Bound(field, cond, times)
+    x = _follow_path(bound, times, start, chosen, after_start, corrector, watch)
     if not return_info:
         return x
     states, denoised = tuple(r.x for r in record), tuple(r.denoised for r in record)
-    return Sample(x, record[-1].nfe, (start, *states), denoised, times, seed)
+    each = torch.full((len(x),), record[-1].nfe) if bound.per_sample is None else bound.per_sample
+    return Sample(x, record[-1].nfe, (start, *states), denoised, times, seed, each)
 
 
 def _follow_path(

@@ -1,0 +1,244 @@
+"""Exact log-likelihood along the probability flow (instantaneous change of variables).
+
+Along the flow `dx / dt = v(x, t)` the log-density of a moving point falls by the divergence of v,
+`d log p_t(x_t) / dt = -div v(x_t, t)` (eq. 4.1.7 and Lemma B.1.1; Chen et al. 2018). In the coordinates of
+`undiffuse.solvers.flow`, `y = x / n(t)` at the angle theta,
+
+    log p_0(x) = log p_T(x_T) + D log(n_T / n_0) + integral of div_y (dy / dtheta) dtheta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from undiffuse.core import autodiff
+from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.random import Streams, fresh_seed
+from undiffuse.fields import Denoiser
+from undiffuse.inference.encoding import check_event, first_scale, span
+from undiffuse.solvers.adaptive import Tolerance, solve
+from undiffuse.solvers.base import Bound, Cond, rows_of
+from undiffuse.solvers.during import evaluating
+from undiffuse.solvers.flow import Flow, norm_at
+from undiffuse.solvers.pairs import PAIRS
+
+Event = Float[Tensor, "b *event"]
+PerSample = Float[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """All D terms of the trace: D products with the Jacobian per evaluation."""
+
+    exact = True
+
+    def draws(self, size: int) -> int:
+        """Number of directions that a sample of `size` numbers needs."""
+        return 0
+
+    def __call__(self, f: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        return autodiff.divergence(f, y)
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    """`mean of u^T J u` over K directions, the same all along a sample's way (Grathwohl et al. 2019).
+
+    Unbiased for the log-likelihood.
+
+    Args:
+        probes: K.
+        kind: "rademacher" (signs), "gaussian" or "sphere".
+
+    Raises:
+        ArgumentError: probes < 1, an unknown kind.
+    """
+
+    exact = False
+    probes: int = 1
+    kind: str = "rademacher"
+
+    def __post_init__(self):
+        choose(self.kind, autodiff.PROBES, "probe")
+        if self.probes < 1:
+            raise ArgumentError(f"probes is {self.probes}: expected at least 1 random direction")
+
+    def draws(self, size: int) -> int:
+        return self.probes
+
+    def __call__(self, f: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        return autodiff.trace_along(f, y, directions)
+
+
+@dataclass(frozen=True)
+class HutchPP:
+    """Hutch++ (Meyer et al. 2021): the trace within the range of K sketched columns, Hutchinson's estimate outside.
+
+    3 K products with the Jacobian per evaluation; unbiased, and exact where K reaches D.
+
+    Args:
+        probes: K; more than D is D.
+
+    Raises:
+        ArgumentError: probes < 1.
+    """
+
+    exact = False
+    probes: int = 1
+    kind: str = "rademacher"
+
+    def __post_init__(self):
+        Hutchinson(self.probes, self.kind)
+
+    def draws(self, size: int) -> int:
+        return 2 * min(self.probes, size)
+
+    def __call__(self, f: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        sketch, rest = directions.chunk(2)
+        return autodiff.trace_by_sketch(f, y, sketch, rest)
+
+
+DIVERGENCES: dict[str, Callable[[], Exact | Hutchinson | HutchPP]] = {
+    "exact": Exact,
+    "hutchinson": Hutchinson,
+    "hutch++": HutchPP,
+}
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What `log_likelihood` returns.
+
+    Attributes:
+        nats: log-density of each sample, (B,).
+        nfe: evaluations of the model that each took, (B,).
+        latent: where the flow carried each, (B, *event), at the path's t_max.
+        seed: what makes the random directions again.
+    """
+
+    nats: PerSample
+    nfe: Int[Tensor, " b"]
+    latent: Event
+    seed: object
+
+
+def log_likelihood(
+    denoiser: Denoiser,
+    x: Event,
+    *,
+    divergence: str | Exact | Hutchinson | HutchPP = "hutchinson",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    seed: int | Sequence[int] | Tensor | Streams | None = None,
+    cond: Cond = None,
+    method: str = "dopri5",
+    batch: int = 256,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    differentiable: bool = False,
+) -> Likelihood:
+    """Log-density of data under a model, in nats per sample, by the probability flow from data to noise.
+
+    The density is that of `x_t / alpha(t)` at the model's `t_low`, which is t_min for exact denoisers. A sample's
+    value does not depend on who shares its batch, but for the rounding of batched kernels: every sample has steps of
+    its own, and random directions of its own stream.
+
+    Args:
+        denoiser: the model.
+        x: data, floats (B, *event); the flow is solved in their type, so give float64 for tolerances below 1e-6.
+        divergence: "exact", "hutchinson", "hutch++", or an object with more settings.
+        rtol, atol: error allowed to a step: to the point (root mean square over coordinates, in units of
+            `x / hypot(alpha, sigma)`) and to the log-density, each by itself. With an exact divergence a tenth of them,
+            and the point's error is its length, so that the nats come out to about `D rtol` as a whole.
+        seed: of the random directions, as of `sample`; None: a fresh one, found in the record.
+        cond: the condition of each sample.
+        method: "dopri5", "tsit5" or "bosh3".
+        batch: samples at a time.
+        prior: log-density of x_{t_max}; None: the path's own, a Gaussian. (A path whose alpha ends above 0, like VP,
+            keeps a trace of the data: give an oracle's `perturbed(path, t_max).log_prob` for its exact law.)
+        differentiable: keep the graph, for gradients towards x and the parameters; the memory of all steps.
+
+    Raises:
+        ArgumentError: x of a shape or type that the model does not take, an unknown divergence or method; a model that
+            cannot be differentiated. SamplingError: the tolerance cannot be met.
+    """
+    rule = choose(divergence, DIVERGENCES, "divergence")() if isinstance(divergence, str) else divergence
+    choose(method, PAIRS, "method")
+    check_event(x, batch)
+    seed = fresh_seed() if seed is None else seed
+    streams = seed if isinstance(seed, Streams) else Streams.of(seed, len(x))
+    share = 0.1 if rule.exact else 1.0
+    tolerance = Tolerance(share * rtol, share * atol, (math.prod(x.shape[1:]), 1), length=rule.exact)
+    settings = (rule, tolerance, method, prior)
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in torch.arange(len(x), device=x.device).split(batch):
+        own = Streams(streams.keys.to(x.device)[rows], streams.draw)
+        bound = Bound(denoiser, rows_of(cond, rows))
+        if differentiable:
+            parts.append(_likelihood(bound, x[rows], own, *settings))
+        else:
+            with evaluating(denoiser):
+                parts.append(_likelihood(bound, x[rows], own, *settings))
+    nats, nfe, latent = (torch.cat(column) for column in zip(*parts))
+    return Likelihood(nats, nfe, latent, seed)
+
+
+def _likelihood(
+    bound: Bound,
+    x: Event,
+    streams: Streams,
+    rule: Exact | Hutchinson | HutchPP,
+    tolerance: Tolerance,
+    method: str,
+    prior: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = math.prod(x.shape[1:])
+    way = Flow(bound, tuple(x.shape))
+    draws = rule.draws(size)
+    directions = x.new_empty(0, len(x), size)
+    if draws:
+        directions = autodiff.probe(
+            getattr(rule, "kind", "rademacher"), (len(x), draws, size), streams, dtype=x.dtype, device=x.device
+        )
+        directions = directions.transpose(0, 1)
+
+    def slope(theta: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        value, trace = rule(lambda y: way(theta, y, rows), state[:, :-1], directions[:, rows])
+        return torch.cat([value, trace[:, None]], 1)
+
+    start, end = span(bound)
+    scale = first_scale(bound)
+    y = (x * scale / norm_at(bound.path, start)).flatten(1)
+    state = torch.cat([y, y.new_zeros(len(y), 1)], 1)
+    solution = solve(
+        slope, state, way.angle(start), way.angle(end), PAIRS[method], tolerance, describe=way.described(start, end)
+    )
+    latent = (solution.y[:, :-1] * norm_at(bound.path, end)).reshape(x.shape)
+    volume = size * math.log(scale * norm_at(bound.path, end) / norm_at(bound.path, start))
+    log_prior = bound.path.prior_log_prob(latent) if prior is None else prior(latent)
+    return log_prior + solution.y[:, -1] + volume, solution.evals, latent
+
+
+def bits_per_dim(nats: PerSample | float, event_size: int, levels: int = 256) -> PerSample | float:
+    """`-log2 P(x) / D` of data with `levels` values per coordinate, from the log-density of its dequantised form.
+
+    Value k is the bin `[2 k / levels - 1, 2 (k + 1) / levels - 1)` of [-1, 1], of volume `(2 / levels)^D`, and
+    `P(x) >= E_u p(x + u) vol` with u uniform in the bin, so that `log2 P / D = nats / (D log 2) + 1 - log2(levels)`
+    (Theis et al. 2016, eq. 5, by Jensen's inequality). For 256 levels 7 bits are added to `-nats / (D log 2)`.
+
+    Args:
+        nats: log-density of dequantised data scaled to [-1, 1].
+        event_size: D.
+        levels: values per coordinate; 256 for bytes.
+
+    Raises:
+        ArgumentError: event_size < 1, levels < 2.
+    """
+    if event_size < 1 or levels < 2:
+        raise ArgumentError(f"event_size is {event_size}, levels {levels}: expected at least 1 and 2")
+    return -nats / (event_size * math.log(2)) + math.log2(levels / 2)
