@@ -200,7 +200,7 @@ def test_between_the_steps_the_solution_is_known(name):
     z, tolerance = numbers(12, 2, seed=6), Tolerance(1e-6, 1e-6)
     solution = flow(law.denoiser(path), z, 1.0, 0.0, pair=PAIRS[name], tolerance=tolerance, keep=True)[1]
     worst = 0.0
-    for theta in np.linspace(0.01, 1.56, 23):
+    for theta in np.linspace(0.01, 1.56, 7):
         t = path.time_of_angle(torch.tensor(theta, dtype=F64))
         exact = exact_flow(law.denoiser(path), z, 1.0, t) / torch.hypot(path.alpha(t), path.sigma(t))
         worst = max(worst, float((solution.at(theta) - exact).abs().max()))

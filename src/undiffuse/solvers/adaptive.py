@@ -183,8 +183,8 @@ def solve(
         elif bool((active.step <= 16 * torch.finfo(torch.float64).eps * active.position.abs()).any()):
             _give_up(active, b, tolerance, "the steps fell below rounding", describe)
     order = torch.argsort(torch.cat([part.rows for part in done]))
-    whole = [torch.cat([getattr(part, name) for part in done])[order] for name in ("y", "slope", "step")]
-    return Solution(*whole, *counts.unbind(), pair, tuple(pieces))
+    y, k, step = (torch.cat([getattr(part, name) for part in done])[order] for name in ("y", "slope", "step"))
+    return Solution(y, k, step, counts[0], counts[1], counts[2], pair, tuple(pieces))
 
 
 def _begin(
