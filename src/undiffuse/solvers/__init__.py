@@ -11,6 +11,7 @@ from undiffuse.solvers.integrate import SOLVERS, Step, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
+from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.stochastic import DDPM, EDM
@@ -25,6 +26,7 @@ __all__ = [
     "KERNELS",
     "MALA",
     "SOLVERS",
+    "SRK",
     "AnnealedLangevin",
     "BlockGibbs",
     "Bound",
@@ -33,13 +35,16 @@ __all__ = [
     "DPMpp2M",
     "Draws",
     "Euler",
+    "EulerMaruyama",
     "Heun",
     "Kernel",
     "Langevin",
     "ParallelTempering",
+    "ReverseDiffusion",
     "Sample",
     "Solver",
     "Step",
+    "StochasticHeun",
     "Underdamped",
     "check_grid",
     "combine",

@@ -15,6 +15,7 @@ from undiffuse.fields import Denoiser
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
 
@@ -25,7 +26,11 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "dpmpp-2m": DPMpp2M,
     "edm": EDM,
     "euler": Euler,
+    "euler-maruyama": EulerMaruyama,
     "heun": Heun,
+    "reverse-diffusion": ReverseDiffusion,
+    "srk": SRK,
+    "stochastic-heun": StochasticHeun,
 }
 
 
