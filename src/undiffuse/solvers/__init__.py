@@ -3,11 +3,12 @@
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
 from undiffuse.solvers.compiled import CompiledEnergy
+from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.hamiltonian import HMC
-from undiffuse.solvers.integrate import SOLVERS, Step, get_solver, integrate
+from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
@@ -18,6 +19,7 @@ from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
 
 __all__ = [
+    "CORRECTORS",
     "DDIM",
     "DDPM",
     "EDM",
@@ -32,6 +34,7 @@ __all__ = [
     "Bound",
     "Chains",
     "CompiledEnergy",
+    "Corrector",
     "DPMpp2M",
     "Draws",
     "Euler",
@@ -39,15 +42,18 @@ __all__ = [
     "Heun",
     "Kernel",
     "Langevin",
+    "LangevinCorrector",
     "ParallelTempering",
     "ReverseDiffusion",
     "Sample",
     "Solver",
+    "Stay",
     "Step",
     "StochasticHeun",
     "Underdamped",
     "check_grid",
     "combine",
+    "get_corrector",
     "get_solver",
     "integrate",
     "langevin_step",
