@@ -1,7 +1,8 @@
 """Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
 
+from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
-from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
+from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
@@ -29,6 +30,7 @@ __all__ = [
     "MALA",
     "SOLVERS",
     "SRK",
+    "AdaptiveSDE",
     "AnnealedLangevin",
     "BlockGibbs",
     "Bound",
@@ -50,6 +52,7 @@ __all__ = [
     "Stay",
     "Step",
     "StochasticHeun",
+    "StreamNoise",
     "Underdamped",
     "check_grid",
     "combine",

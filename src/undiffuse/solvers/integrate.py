@@ -12,6 +12,7 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.fields import Denoiser
+from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
@@ -21,6 +22,7 @@ from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
+    "adaptive-sde": AdaptiveSDE,
     "annealed-langevin": AnnealedLangevin,
     "ddim": DDIM,
     "ddpm": DDPM,

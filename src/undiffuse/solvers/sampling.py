@@ -13,7 +13,7 @@ from undiffuse.core.errors import ArgumentError, SamplingError, choose
 from undiffuse.core.random import Streams, fresh_seed
 from undiffuse.fields import Denoiser, DenoiserAt, HasScore
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Bound, Cond, Solver, scales
+from undiffuse.solvers.base import Bound, Cond, Solver, StreamNoise, scales
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.grids import check_grid, make_grid
 from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
@@ -144,8 +144,7 @@ def _follow_path(
     """The end of the path; where it is not finite, a second run finds the step to name."""
 
     def run(watching: Callable[[Step], object] | None) -> Tensor:
-        own = Streams(streams.keys, streams.draw)
-        draw = lambda: own.normal(start.shape, dtype=start.dtype, device=start.device)  # noqa: E731
+        draw = StreamNoise(Streams(streams.keys, streams.draw), start.shape, start.dtype, start.device)
         return integrate(bound, start, times, solver, draw, corrector=corrector, callback=watching)
 
     with evaluating(bound.field):
