@@ -90,11 +90,20 @@ def test_with_infinite_tolerance_it_has_order_2(path):
     assert torch.tensor(errors[0] / errors[1]).log2() == pytest.approx(2, abs=0.2)
 
 
+class Unit(Streams):
+    """Draw k is 1 in row k and 0 elsewhere: what is made of the draws is read off row by row."""
+
+    def select(self, index):
+        return Unit(self.keys[index])
+
+    def normal(self, shape, *, dtype=torch.float32, device=None):
+        return torch.eye(shape[0], dtype=dtype)[self.draw].reshape(shape)
+
+
 def test_the_noise_of_any_parts_is_one_brownian_motion():
-    """Leaves of unequal depth: independent increments, each with the variance of its step in SNR; 20,000 rows, so a
-    standard error of 1 % in a variance and 0.7 % in a correlation."""
-    n, path = 20_000, VP()
-    tree = _Tree(path, torch.zeros(n, 1, dtype=F64), 0.6, 0.1, Streams.of(0, n))
+    """Leaves of unequal depth: independent increments, each with the variance of its step in SNR; unit draws."""
+    n, path = 12, VP()
+    tree = _Tree(path, torch.zeros(n, 1, dtype=F64), 0.6, 0.1, Unit.of(0, n))
     rows, parts, spreads = torch.arange(n), [], []
 
     def leaf():
@@ -118,8 +127,10 @@ def test_the_noise_of_any_parts_is_one_brownian_motion():
     leaf()
     assert not bool(tree.open.any())
     assert torch.allclose(sum(parts), whole)
-    increments = torch.stack(parts) / torch.tensor(spreads, dtype=F64).sqrt()[:, None]
-    assert torch.allclose(increments @ increments.T / n, torch.eye(4, dtype=F64), atol=0.05)
+    increments = torch.stack(parts)
+    assert torch.allclose(increments @ increments.T, torch.tensor(spreads, dtype=F64).diag(), atol=1e-12)
+    ends = (path.alpha(torch.tensor([0.1, 0.6])) / path.sigma(torch.tensor([0.1, 0.6]))).square()
+    assert sum(spreads) == pytest.approx(float(ends[0] - ends[1]), rel=1e-6)
 
 
 def test_the_first_try_is_ancestral_sampling_and_the_result_heun_s():
