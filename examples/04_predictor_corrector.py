@@ -3,7 +3,7 @@
 PC of N steps, P and C of 2 N cost the same: 2 N network calls. The world is 200 handwritten digits, each blurred by 0.1
 a pixel, whose score is known; what is measured is how far samples are from their nearest digit, as a multiple of the
 blur, 1 where they are right, and the energy distance to the law. With --run the denoiser is a trained one, the metric
-the energy distance to the run's test data, and the path its own.
+the energy distance to the run's held-out data, and the path its own.
 
 What comes out (n = 1000, N = 100): C alone is worst by far, since in 2 N levels the noise of a level goes down faster
 than Langevin steps lose noise; with 1,000 levels they keep up. PC beats P at equal cost where the predictor is poor, as
@@ -43,12 +43,14 @@ def cells(steps: int) -> dict[str, tuple[int, bool]]:
 
 
 def draw_samples(field: Denoiser, solver, shape, steps: int, snr: float | None, cond=None) -> Tensor:
-    """As in the paper: equal steps in t, one Langevin step for each step of the predictor, a last denoising.
+    """As in the paper: one Langevin step for each step of the predictor, and equal steps in t.
 
-    A blurred law is left as it is at the end of VE, noise 0.01 in 0.1, so that no step is a closed form there.
+    On Karras's path, whose t is sigma, those would miss all small levels: there equal steps in log sigma, which are
+    VE's. Samples of VE keep its last noise, 0.01, a tenth of the blur.
     """
     corrector = LangevinCorrector(snr) if snr is not None else None
-    return sample(field, shape, solver=solver, steps=steps, grid="time", seed=3, corrector=corrector, cond=cond)
+    grid = "half-log-snr" if field.path.t_max > 1 else "time"
+    return sample(field, shape, solver=solver, steps=steps, grid=grid, seed=3, corrector=corrector, cond=cond)
 
 
 def study(
@@ -145,9 +147,9 @@ def draw(out: Path, tables, scan, steps: int, hasty: float, patient: float, long
 
 
 def of_run(folder: str, n: int, steps: int) -> dict[str, float]:
-    """The same table for a trained run: energy distances to its test data, over the 99 % quantile of their null."""
+    """The same table for a trained run: energy distances to its held-out data, over the 99 % quantile of their null."""
     run = load_run(folder)
-    data = run.recipe.data("test")
+    data = run.recipe.data("held-out")
     n = min(n, len(data))
     reference, labels = data.batch(torch.arange(n))
 

@@ -119,6 +119,11 @@ class AdaptiveSDE(Solver):
     Neither a sample nor its calls depend on its neighbours. `Bound.per_sample` counts the calls of each. A run of a
     batch takes as many rounds of calls as its slowest sample.
 
+    What it controls is the error of each path, most of which arises where its mode is decided. For
+    the law alone fixed steps of `srk` were cheaper (200 digits blurred by 0.1, 64 pixels, VP; standard deviation of a
+    mode over its truth): 0.97 with 79 calls, 0.91 here with 117 at the defaults. Where the tolerance is coarser than
+    the finest structure of the data, that structure is lost: 0.52 at rtol 0.1, atol 0.04.
+
     Weak order 2 in the number of grid steps where the tolerance is infinite.
 
     Args:
