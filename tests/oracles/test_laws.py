@@ -122,6 +122,18 @@ def test_a_time_for_each_row_is_a_row_at_its_time(law):
             assert torch.allclose(a[i], b[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("law", [*laws_2x3(), Empirical(numbers(9, 2, 3, seed=6))], ids=lambda law: type(law).__name__)
+def test_the_density_at_a_time_is_that_of_the_perturbed_law_and_has_a_slope_in_time(law):
+    path, x, step = Linear(), numbers(3, 2, 3, seed=8), 1e-4
+    t = torch.tensor([0.1, 0.5, 1.0 - 2 * step], dtype=F64).requires_grad_(True)
+    values = law.log_prob_at(x, path, t)
+    (slope,) = torch.autograd.grad(values.sum(), t)
+    for i in range(3):
+        before, at, after = (law.perturbed(path, t[i].detach() + k * step).log_prob(x[i : i + 1]) for k in (-1, 0, 1))
+        assert torch.allclose(values[i], at, atol=1e-10)
+        assert torch.allclose(slope[i], (after - before) / (2 * step), rtol=1e-5)
+
+
 @pytest.mark.parametrize("law", laws_2x3(), ids=lambda law: type(law).__name__)
 def test_both_ends_of_a_path_are_exact(law):
     path, x = Linear(), numbers(3, 2, 3, seed=8)

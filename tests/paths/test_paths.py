@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.random import Streams
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Path, Tabulated, Trig, change_of_path
 from worlds import PATHS
 
@@ -254,3 +255,38 @@ def test_times_outside_the_path_are_refused(path):
     middle = torch.tensor(0.5 * path.t_max)
     with pytest.raises(ArgumentError, match="s < t"):
         path.transition(middle, middle)
+
+
+class Unit(Streams):
+    """Draw k is 1 in row k + 1 and 0 elsewhere; row 0 draws nothing: what is made of them is read off row by row."""
+
+    def normal(self, shape, *, dtype=torch.float32, device=None):
+        self.draw += 1
+        return torch.eye(shape[0], dtype=dtype)[self.draw].reshape(shape)
+
+
+@every_path
+def test_simulated_paths_have_the_covariance_of_the_process(path):
+    """The states are linear in x_0 and the draws: unit draws give their joint covariance, without sampling.
+
+    Row 0 has x_0 = 1. Given x_0, the covariance of x_s and x_t is `alpha_t / alpha_s sigma_s^2` (Lemma 4.4.1).
+    """
+    times = path.t_min + (path.t_max - path.t_min) * torch.tensor([0.0, 0.13, 0.4017, 0.8, 1.0], dtype=F64)
+    x_0 = torch.zeros(6, 1, dtype=F64)
+    x_0[0] = 1
+    states = path.simulate(x_0, times, Unit.of(0, 6))[:, :, 0]
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    close(states[:, 0], alpha)
+    covariance = states[:, 1:] @ states[:, 1:].T
+    for i in range(5):
+        for j in range(i, 5):
+            kept = alpha[j] / alpha[i] if j > i else torch.ones((), dtype=F64)
+            close(covariance[i, j], kept * sigma[i].square())
+
+
+@pytest.mark.parametrize("times", [[0.5, 0.5], [0.5, 0.2], []])
+def test_times_of_a_simulation_must_increase(times):
+    with pytest.raises(ArgumentError, match="strictly increasing"):
+        Linear().simulate(torch.zeros(2, 1), torch.tensor(times))
+    with pytest.raises(ArgumentError, match="outside the path"):
+        Linear().simulate(torch.zeros(2, 1), torch.tensor([0.5, 1.2]))

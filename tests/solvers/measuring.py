@@ -12,6 +12,7 @@ from undiffuse.oracles import Gaussian, GaussianMixture, exact_flow
 from undiffuse.paths import Path
 from undiffuse.solvers import DDIM, DDPM, EDM, Bound, DPMpp2M, Euler, Heun, Solver, integrate
 from undiffuse.solvers.annealed import AnnealedLangevin
+from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 
 F64 = torch.float64
 
@@ -21,12 +22,19 @@ DETERMINISTIC: dict[str, Solver] = {
     "ddim": DDIM(),
     "dpmpp-2m": DPMpp2M(),
     "edm": EDM(),
+    "reverse-diffusion eta=0": ReverseDiffusion(eta=0.0),
 }
 STOCHASTIC: dict[str, Solver] = {
     "ddpm": DDPM(),
     "ddim eta=0.5": DDIM(eta=0.5),
     "ddim eta=1": DDIM(eta=1.0),
     "edm churn=2": EDM(S_churn=2.0),
+    "euler-maruyama": EulerMaruyama(),
+    "euler-maruyama eta=0.5": EulerMaruyama(eta=0.5),
+    "reverse-diffusion": ReverseDiffusion(),
+    "stochastic-heun": StochasticHeun(),
+    "stochastic-heun eta=0.5": StochasticHeun(eta=0.5),
+    "srk": SRK(),
     "annealed-langevin": AnnealedLangevin(steps_per_level=3),
 }
 SOLVERS = {**DETERMINISTIC, **STOCHASTIC}

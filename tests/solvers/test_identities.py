@@ -113,7 +113,7 @@ def test_the_multistep_solver_extrapolates_to_the_middle_in_log_snr():
 
 
 @pytest.mark.parametrize(
-    "name", ["ddim", "dpmpp-2m", "edm", "ddpm", "ddim eta=0.5", "edm churn=2", "annealed-langevin"]
+    "name", ["ddim", "dpmpp-2m", "edm", "ddpm", "ddim eta=0.5", "edm churn=2", "annealed-langevin", "srk"]
 )
 @pytest.mark.parametrize("target", ["vp", "cosine", "karras"])
 def test_exponential_solvers_take_the_same_steps_on_every_path(name, target):

@@ -7,12 +7,14 @@ from unittest import mock
 
 import pytest
 
-from solvers import test_annealed, test_identities, test_orders
-from undiffuse.solvers import annealed, exponential, runge_kutta, stochastic
+from solvers import test_annealed, test_corrector, test_identities, test_orders, test_reverse
+from undiffuse.solvers import annealed, exponential, reverse, runge_kutta, stochastic
 
 ORDER = test_orders.test_the_declared_order_is_the_measured_one
 RECURSION = test_annealed.test_a_gaussian_keeps_to_the_exact_recursion
 BEST = test_annealed.test_the_chosen_steps_are_the_best_of_the_exact_recursion
+CHAIN = test_reverse.test_reverse_diffusion_is_the_published_chain
+SETTLED = test_corrector.test_many_steps_settle_at_the_closed_form
 # module, function, index of the coefficient (None: the function returns one number), test, its arguments
 MUTATIONS = [
     *[(runge_kutta, "velocity_coefficients", i, ORDER, ("euler", "vp")) for i in range(2)],
@@ -38,6 +40,12 @@ MUTATIONS = [
     (annealed, "_smallest_level", None, RECURSION, ("karras", "delta", 1)),
     (annealed, "settled_step", None, RECURSION, ("ncsn-table", "settled", 4)),
     (annealed, "snr_relative_step", None, test_annealed.test_the_snr_rule_is_score_sde_s_in_x_itself, ("vp",)),
+    *[(reverse, "reverse_coefficients", i, ORDER, ("euler-maruyama", "vp")) for i in range(3)],
+    *[(reverse, "reverse_coefficients", i, ORDER, ("stochastic-heun", "linear")) for i in range(3)],
+    *[(reverse, "chain_coefficients", i, CHAIN, (1.0,)) for i in range(3)],
+    *[(reverse, "posterior_coefficients", i, ORDER, ("srk", "vp")) for i in range(3)],
+    *[(annealed, "langevin_coefficients", i, SETTLED, ("vp", 0.4)) for i in range(3)],
+    (annealed, "snr_relative_step", None, test_corrector.test_the_step_is_the_published_one_for_each_sample, ("ve",)),
     (test_annealed, "nearest_step", None, BEST, (1.3, 3)),
     (test_annealed, "settled_step", None, BEST, (1.3, 3)),
     (test_annealed, "langevin_step", None, BEST, (1.3, 3)),
@@ -63,3 +71,9 @@ def test_one_percent_is_noticed(module, function, index, test, arguments):
 
     with mock.patch.object(module, function, mutated), pytest.raises((AssertionError, ValueError)):
         test(*arguments)
+
+
+@pytest.mark.parametrize("name", ["_STAGE", "_CORRELATION"])
+def test_one_percent_in_the_scheme_of_srk_is_noticed(name):
+    with mock.patch.object(reverse, name, 0.99 * getattr(reverse, name)), pytest.raises(AssertionError):
+        test_reverse.test_srk_is_the_scheme_for_additive_noise_in_the_snr("vp")

@@ -17,15 +17,18 @@ from undiffuse.fields.energy import (
     log_density_ratio,
 )
 from undiffuse.fields.prediction import PREDICTIONS, Coefficients, Prediction
+from undiffuse.fields.sde import SDE, ForwardSDE, ReverseSDE, euler_maruyama, fokker_planck_residual
 from undiffuse.fields.tweedie import covariance_product, posterior_covariance, posterior_mean
 
 __all__ = [
     "PREDICTIONS",
+    "SDE",
     "Coefficients",
     "Denoiser",
     "DenoiserAt",
     "DenoisingScore",
     "Energy",
+    "ForwardSDE",
     "FunctionEnergy",
     "HasScore",
     "MarginalEnergy",
@@ -35,9 +38,12 @@ __all__ = [
     "OnPath",
     "Prediction",
     "ProductEnergy",
+    "ReverseSDE",
     "ScoreNetwork",
     "TemperedEnergy",
     "covariance_product",
+    "euler_maruyama",
+    "fokker_planck_residual",
     "log_density_ratio",
     "on_path",
     "posterior_covariance",

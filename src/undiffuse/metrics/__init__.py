@@ -4,6 +4,7 @@ from undiffuse.metrics.auroc import auroc
 from undiffuse.metrics.chains import effective_sample_size, split_r_hat
 from undiffuse.metrics.classifier import ClassAccuracy, class_accuracy
 from undiffuse.metrics.divergences import F_DIVERGENCES, Estimate, f_divergence, fisher_divergence
+from undiffuse.metrics.energy_distance import EnergyTest, energy_distance, energy_test
 from undiffuse.metrics.evaluate import evaluate
 from undiffuse.metrics.features import Features, as_bytes_rgb, torchscript_features, weights_hash
 from undiffuse.metrics.kernels import KernelDistance, kernel_distance, median_distance, mmd
@@ -35,6 +36,7 @@ __all__ = [
     "ClassAccuracy",
     "Comparison",
     "DensityCoverage",
+    "EnergyTest",
     "Estimate",
     "Features",
     "KernelDistance",
@@ -54,6 +56,8 @@ __all__ = [
     "compare",
     "density_coverage",
     "effective_sample_size",
+    "energy_distance",
+    "energy_test",
     "evaluate",
     "f_divergence",
     "fisher_divergence",

@@ -162,20 +162,21 @@ class Empirical(Law):
         within = ratio * self.std**2 * torch.eye(x.shape[1], dtype=wide.dtype, device=x.device)
         return (ratio.square() * between + within).to(x.dtype)
 
-    def flat_log_prob(self, x, cond):
+    def flat_log_prob(self, x, alpha, sigma, cond):
         def log_mean_of(data: Tensor, x: Tensor, alpha: Tensor, variance: Tensor) -> Tensor:
-            _, least, total = self._average(data, x, alpha, variance)
-            squares = x.square().sum(1) + least[:, 0]
-            return total[:, 0].log() - math.log(len(data)) - 0.5 * squares / variance
+            parts = [(-0.5 * energy / variance).logsumexp(1) for energy, _ in self._energies(data, x, alpha)]
+            log_mean = torch.stack(parts).logsumexp(0) - math.log(len(data))
+            rest = x.square() / variance + torch.log(2 * math.pi * variance)
+            return log_mean - 0.5 * rest.sum(1)
 
-        if self.std == 0:
+        alpha, sigma = alpha.double(), sigma.double()
+        variance = self._variance(alpha, sigma)
+        if bool((variance == 0).any()):
             raise ArgumentError(
                 "a data set without noise has no density: give Empirical a std > 0, or use .perturbed(path, t)"
             )
-        offset = x.double() - self.centre.double()
-        one = offset.new_ones(())
-        log_mean = self._by_label(log_mean_of, cond, offset, one, one * self.std**2)
-        return (log_mean - 0.5 * x.shape[1] * math.log(2 * math.pi * self.std**2)).to(x.dtype)
+        offset = x.double() - alpha * self.centre.double()
+        return self._by_label(log_mean_of, cond, offset, alpha, variance).to(x.dtype)
 
     def sample(self, n: int, generator: Generator = None, cond: Cond = None) -> Event:
         """`n` draws; `cond` (n,) chooses the class of each."""

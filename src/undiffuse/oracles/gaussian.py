@@ -96,13 +96,13 @@ class Gaussian(Law):
         rest = spread * sigma.square() / (alpha.square() * spread + sigma.square())
         return self._dense(rest.expand(x.shape[0], -1))
 
-    def flat_log_prob(self, x, cond):
+    def flat_log_prob(self, x, alpha, sigma, cond):
         self.unlabelled(cond)
-        if bool((self.variances == 0).any()):
+        spread = alpha.square() * self.variances.to(x.dtype) + sigma.square()
+        if bool((spread == 0).any()):
             raise ArgumentError("this Gaussian has no density: some direction has variance 0")
-        spread = self.variances.to(x.dtype)
-        squares = self._into(x - self.flat_mean.to(x.dtype)).square() / spread
-        return -0.5 * (squares.sum(1) + spread.log().sum() + x.shape[1] * math.log(2 * math.pi))
+        squares = self._into(x - alpha * self.flat_mean.to(x.dtype)).square() / spread
+        return -0.5 * (squares.sum(1) + spread.log().sum(-1) + x.shape[1] * math.log(2 * math.pi))
 
     def sample(self, n: int, generator: Generator = None) -> Event:
         noise = random.normal((n, *self.event), generator, dtype=self.dtype, device=self.flat_mean.device)

@@ -44,8 +44,8 @@ class Law(nn.Module):
         """
 
     @abstractmethod
-    def flat_log_prob(self, x: Float[Tensor, "b d"], cond: Cond) -> Float[Tensor, " b"]:
-        """Log-density of x_0, nats."""
+    def flat_log_prob(self, x: Float[Tensor, "b d"], alpha: Tensor, sigma: Tensor, cond: Cond) -> Float[Tensor, " b"]:
+        """Log-density of `alpha x_0 + sigma eps`, nats; alpha and sigma as above."""
 
     @abstractmethod
     def sample(self, n: int, generator: Generator = None) -> Event:
@@ -69,7 +69,17 @@ class Law(nn.Module):
         Raises:
             ArgumentError: x of another event shape; a law without a density.
         """
-        return self.flat_log_prob(self.flat(x), cond).to(x.dtype)
+        flat = self.flat(x)
+        return self.flat_log_prob(flat, flat.new_ones(()), flat.new_zeros(()), cond).to(x.dtype)
+
+    def log_prob_at(self, x_t: Event, path: Path, t: Time, cond: Cond = None) -> Float[Tensor, " b"]:
+        """Log-density of x_t in nats, as `perturbed(path, t).log_prob`: for a time of each row, differentiable in t.
+
+        Raises:
+            ArgumentError: x of another event shape, a time outside the path, or a law without a density there.
+        """
+        flat = self.flat(x_t)
+        return self.flat_log_prob(flat, *scales_of(path, t, flat), cond).to(x_t.dtype)
 
     def score(self, x: Event, cond: Cond = None) -> Event:
         """`grad log p(x)`."""

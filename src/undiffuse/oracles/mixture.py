@@ -120,8 +120,8 @@ class GaussianMixture(Law):
         within = (share[:, :, None] * rest).sum(1).expand(x.shape)
         return torch.diag_embed(within) + (share[:, :, None] * offsets).mT @ offsets
 
-    def flat_log_prob(self, x, cond):
-        return self._components(x, x.new_ones(()), x.new_zeros(()), cond)[0].logsumexp(1)
+    def flat_log_prob(self, x, alpha, sigma, cond):
+        return self._components(x, alpha, sigma, cond)[0].logsumexp(1)
 
     def sample(self, n: int, generator: Generator = None, cond: Cond = None) -> Event:
         """`n` draws; `cond` (n,) chooses the class of each."""

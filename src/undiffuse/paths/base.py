@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -160,6 +161,36 @@ class Path(ABC):
         """
         self.check_time(t)
         return pad_to(self.alpha(t), x_0) * x_0 + pad_to(self.sigma(t), noise) * noise
+
+    def simulate(
+        self, x_0: Float[Tensor, "b *event"], times: Float[Tensor, " n"], generator: Generator = None
+    ) -> Float[Tensor, "n b *event"]:
+        """The states of the forward process at some times: one joint path for each x_0, exact at any spacing.
+
+        `x_s` at the first time by `perturb`, then each from the one before by `transition`; so the states at s < t have
+        covariance `alpha_t / alpha_s (alpha_s^2 Cov[x_0] + sigma_s^2)`.
+
+        Args:
+            x_0: data; their dtype and device are those of the states.
+            times: strictly increasing, on the path; with t_min where sigma(t_min) = 0 the first state is the data.
+            generator: as of `random.normal`; one draw for each time.
+
+        Raises:
+            ArgumentError: times that do not increase, or leave the path.
+        """
+        if times.ndim != 1 or len(times) == 0 or not bool((times[1:] > times[:-1]).all()):
+            raise ArgumentError(f"times are {times.tolist()}: expected one or more, strictly increasing")
+        times = times.detach().to("cpu", torch.float64)
+        self.check_time(times)
+
+        def step(x: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+            z = random.normal(x.shape, generator, dtype=x.dtype, device=x.device)
+            return x * float(scale) + z * float(std)
+
+        states = [step(x_0, self.alpha(times[0]), self.sigma(times[0]))]
+        for s, t in itertools.pairwise(times.unbind()):
+            states.append(step(states[-1], *self.transition(s, t)))
+        return torch.stack(states)
 
     def prior(self, shape: Sequence[int], generator: Generator = None) -> Tensor:
         """A draw of `N(0, sigma(t_max)^2 I)`, the law of x_{t_max} once the signal is lost."""

@@ -1,23 +1,27 @@
 """Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
 
+from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
-from undiffuse.solvers.base import Bound, Solver, combine, rates, scales
+from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales
 from undiffuse.solvers.compiled import CompiledEnergy
+from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.hamiltonian import HMC
-from undiffuse.solvers.integrate import SOLVERS, Step, get_solver, integrate
+from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
+from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
 
 __all__ = [
+    "CORRECTORS",
     "DDIM",
     "DDPM",
     "EDM",
@@ -26,25 +30,35 @@ __all__ = [
     "KERNELS",
     "MALA",
     "SOLVERS",
+    "SRK",
     "Adaptive",
+    "AdaptiveSDE",
     "AnnealedLangevin",
     "BlockGibbs",
     "Bound",
     "Chains",
     "CompiledEnergy",
+    "Corrector",
     "DPMpp2M",
     "Draws",
     "Euler",
+    "EulerMaruyama",
     "Heun",
     "Kernel",
     "Langevin",
+    "LangevinCorrector",
     "ParallelTempering",
+    "ReverseDiffusion",
     "Sample",
     "Solver",
+    "Stay",
     "Step",
+    "StochasticHeun",
+    "StreamNoise",
     "Underdamped",
     "check_grid",
     "combine",
+    "get_corrector",
     "get_solver",
     "integrate",
     "langevin_step",

@@ -122,6 +122,22 @@ def snr_relative_step(snr: float, pull: Event, z: Event, sigma: float) -> Float[
     return (2 * snr**2 * sigma**2 * share).clamp(max=1)
 
 
+def fixed_langevin(field: Field, x: Event, t: Scalar, r: float, noise: Noise) -> Event:
+    """x after one step of relative size r at time t."""
+    z, denoised = noise(), field(x, t)
+    on_x, on_denoised, on_noise = langevin_coefficients(r, *scales(field, t))
+    return combine(x, on_x, denoised, on_denoised).add_(z, alpha=on_noise)
+
+
+def snr_langevin(field: Field, x: Event, t: Scalar, snr: float, noise: Noise) -> Event:
+    """x after one step at time t, its size by `snr_relative_step`."""
+    alpha, sigma = scales(field, t)
+    z, denoised = noise(), field(x, t)
+    pull = combine(x, -1.0, denoised, alpha)
+    own = pad_to(snr_relative_step(snr, pull, z, sigma), x)
+    return x + own * pull + sigma * (2 * own).sqrt() * z
+
+
 def _check_count(steps_per_level: int) -> None:
     if not isinstance(steps_per_level, int) or isinstance(steps_per_level, bool) or steps_per_level < 1:
         raise ArgumentError(f"steps_per_level is {steps_per_level!r}: expected a whole number of at least 1")
@@ -231,14 +247,10 @@ class AnnealedLangevin(Solver):
         alpha, sigma = scales(field, t)
         r = self._relative_step(field.path, sigma / alpha, before)
         for _ in range(self.steps_per_level):
-            z, denoised = noise(), field(x, t)
             if self.snr is None:
-                on_x, on_denoised, on_noise = langevin_coefficients(r, alpha, sigma)
-                x = combine(x, on_x, denoised, on_denoised).add_(z, alpha=on_noise)
+                x = fixed_langevin(field, x, t, r, noise)
             else:
-                pull = combine(x, -1.0, denoised, alpha)
-                own = pad_to(snr_relative_step(self.snr, pull, z, sigma), x)
-                x = x + own * pull + sigma * (2 * own).sqrt() * z
+                x = snr_langevin(field, x, t, self.snr, noise)
         return x
 
     def _relative_step(self, path: Path, level: float, before: float | None) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.random import Streams
 from undiffuse.core.shapes import as_time
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
@@ -106,16 +107,39 @@ class Bound:
     def __call__(self, x: Event, t: Tensor) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self.calls += 1
-        denoised = self.field(x, self._time(t, x), self.cond)
-        if denoised.shape != x.shape:
-            raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
-        self.denoised = denoised = denoised.to(x.dtype)
+        if self.per_sample is not None:
+            self.per_sample += 1
+        self.denoised = denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
         return denoised
 
-    def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> tuple[Event, Event]:
-        """`(E[x_0 | x_t], E[eps | x_t])` of some samples, each at a time of its own."""
+    @staticmethod
+    def _checked(denoised: Tensor, x: Tensor) -> Tensor:
+        if denoised.shape != x.shape:
+            raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
+        return denoised.to(x.dtype)
+
+    def track(self, rows: int) -> None:
+        """Count the calls of each of that many samples too, in `per_sample`, (B,) int64."""
+        if self.per_sample is None:
+            self.per_sample = torch.full((rows,), self.calls, dtype=torch.int64)
+
+    def at(self, x: Float[Tensor, "n *event"], t: Float[Tensor, " n"], rows: Tensor) -> Tensor:
+        """`E[x_0 | x_t]` of some samples, each at its own time; `rows` says which. Counted as one call.
+
+        `denoised`, the last answer for the whole batch, is left as it is.
+        """
+        self._count(rows)
+        return self._checked(self.field(x, as_time(t, x), rows_of(self.cond, rows)), x)
+
+    def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Tensor) -> tuple[Event, Event]:
+        """`(E[x_0 | x_t], E[eps | x_t])`, otherwise as `at`."""
+        self._count(rows)
+        return self.field.estimate(x, as_time(t, x), rows_of(self.cond, rows))
+
+    def _count(self, rows: Tensor) -> None:
         self.calls += 1
-        return self.field.estimate(x, t.to(torch.promote_types(x.dtype, torch.float32)), rows_of(self.cond, rows))
+        if self.per_sample is not None:
+            self.per_sample[rows.to(self.per_sample.device)] += 1
 
     def _time(self, t: Tensor, x: Tensor) -> Tensor:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""
@@ -141,11 +165,34 @@ class Bound:
         return self._rates.get(float(t))
 
 
-def rows_of(cond: Cond, rows: Int[Tensor, " n"]) -> Cond:
+def rows_of(cond: Cond, rows: Tensor) -> Cond:
     """The condition of some of the samples."""
     if cond is None:
         return None
-    return {name: value[rows] for name, value in cond.items()} if isinstance(cond, dict) else cond[rows]
+    if isinstance(cond, dict):
+        return {name: value[rows.to(value.device)] for name, value in cond.items()}
+    return cond[rows.to(cond.device)]
+
+
+class StreamNoise:
+    """Standard normals of one shape, a draw a call, from the streams of the samples.
+
+    Args:
+        streams: one for each sample; their count of draws goes on.
+        shape, dtype, device: of a draw, (B, *event).
+    """
+
+    def __init__(self, streams: Streams, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
+        self.streams, self.shape, self.dtype, self.device = streams, tuple(shape), dtype, device
+
+    def __call__(self) -> Tensor:
+        return self.streams.normal(self.shape, dtype=self.dtype, device=self.device)
+
+    def branch(self) -> Streams:
+        """Streams of the same samples for draws whose number is the sample's own affair; itself one draw."""
+        branch = self.streams.fold(self.streams.draw)
+        self.streams.draw += 1
+        return branch
 
 
 def scales(field: Field, t: Tensor) -> tuple[float, float]:

@@ -151,6 +151,7 @@ class Adaptive(Solver):
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         if not isinstance(field, Bound):
             raise ArgumentError(f"an adaptive solver needs a Bound denoiser, given {type(field).__name__}")
+        field.track(len(x))
         path, start, end = field.path, float(t), float(s)
         closed = field.field.t_low > end and float(path.sigma(s)) == 0
         stop = min(field.field.t_low, start) if closed else end
@@ -164,12 +165,10 @@ class Adaptive(Solver):
             tolerance=self._tolerance(),
             first=None if step is None else (slope, step),
         )
-        evals = solution.evals
         theta = way.angle(stop)
         denoised = (math.cos(theta) * solution.y - math.sin(theta) * solution.slope).reshape(x.shape)
         if closed:
-            denoised, evals = field(x, torch.tensor(stop, dtype=torch.float64)), evals + 1
+            denoised = field(x, torch.tensor(stop, dtype=torch.float64))
             x = denoised * float(path.alpha(s))
         field.denoised = denoised
-        field.per_sample = evals if field.per_sample is None else field.per_sample + evals
         return x, (x, solution.slope, solution.step)

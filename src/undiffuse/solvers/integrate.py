@@ -13,14 +13,18 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.fields import Denoiser
+from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
+from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.flow import Adaptive
+from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
+    "adaptive-sde": AdaptiveSDE,
     "annealed-langevin": AnnealedLangevin,
     "bosh3": partial(Adaptive, "bosh3"),
     "ddim": DDIM,
@@ -29,7 +33,12 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "dpmpp-2m": DPMpp2M,
     "edm": EDM,
     "euler": Euler,
+    "euler-maruyama": EulerMaruyama,
     "heun": Heun,
+    "reverse-diffusion": ReverseDiffusion,
+    "srk": SRK,
+    "stay": Stay,
+    "stochastic-heun": StochasticHeun,
     "tsit5": partial(Adaptive, "tsit5"),
 }
 
@@ -41,6 +50,9 @@ class Corrector(Protocol):
     def correct(self, field: Bound, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
         """x after the correction; t a float64 scalar with sigma(t) > 0."""
         ...
+
+
+CORRECTORS: dict[str, Callable[[], Corrector]] = {"langevin": LangevinCorrector}
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,19 @@ def get_solver(solver: str | Solver) -> Solver:
     if not isinstance(solver, Solver):
         raise ArgumentError(f"solver is {solver!r}: expected a name ({', '.join(SOLVERS)}) or a Solver object")
     return solver
+
+
+def get_corrector(corrector: str | Corrector | None) -> Corrector | None:
+    """A corrector by name; an object, or None, passes through.
+
+    Raises:
+        ArgumentError: an unknown name, or no corrector.
+    """
+    if isinstance(corrector, str):
+        return choose(corrector, CORRECTORS, "corrector")()
+    if corrector is not None and not isinstance(corrector, Corrector):
+        raise ArgumentError(f"corrector is {corrector!r}: expected a name ({', '.join(CORRECTORS)}) or a Corrector")
+    return corrector
 
 
 def integrate(

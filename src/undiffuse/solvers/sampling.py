@@ -13,10 +13,10 @@ from undiffuse.core.errors import ArgumentError, SamplingError, choose
 from undiffuse.core.random import Streams, fresh_seed
 from undiffuse.fields import Denoiser, DenoiserAt, HasScore
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Bound, Cond, Solver
+from undiffuse.solvers.base import Bound, Cond, Solver, StreamNoise, scales
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.grids import check_grid, make_grid
-from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_solver, integrate
+from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.markov import Kernel
 
@@ -29,7 +29,8 @@ class Sample:
         x: the samples, (B, *event).
         nfe: number of network calls.
         nfe_each: evaluations that each sample took (B,); fewer than `nfe` where an adaptive solver was done with it.
-        trajectory: the states at the times of `grid`, steps + 1 tensors like x, both ends included.
+        trajectory: the states at the times of `grid`, steps + 1 tensors like x, both ends included, each as the
+            corrector left it.
         denoised: the estimate of x_0 of each step, steps tensors like x; none of a Markov chain.
         grid: the times, float64; none of a Markov chain.
         seed: what makes these samples again: the seed given, or the one drawn.
@@ -56,7 +57,8 @@ def sample(
     seed: int | Sequence[int] | Tensor | Streams | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    corrector: Corrector | None = None,
+    corrector: str | Corrector | None = None,
+    denoise: bool = False,
     callback: Callable[[Step], object] | None = None,
     return_info: bool = False,
 ) -> Tensor | Sample:
@@ -83,7 +85,11 @@ def sample(
             None: a fresh one, found in the record.
         device, dtype: of x; by default those of the field's first parameter (else of `noise`, else cpu and
             float32), the dtype that of `noise` where it is given. x is kept in float32 at least.
-        corrector, callback: see `integrate`. None with a kernel, as is `grid`.
+        corrector: a name of `CORRECTORS` or a `Corrector`, applied after each step that ends in noise: predictor and
+            corrector (Song et al. 2021). None with a kernel, as are `grid` and `callback`.
+        denoise: where the grid ends in noise (VE, NCSN's chains at their t_low), return `E[x_0 | x]` of its end, by one
+            more call. No effect where it ends in sigma = 0. The record's trajectory keeps the noisy end.
+        callback: see `integrate`.
         return_info: return a `Sample` record.
 
     Raises:
@@ -101,9 +107,10 @@ def sample(
     z = streams.normal(sizes, dtype=dtype, device=device) if noise is None else noise.to(device, dtype)
     after_start = Streams(streams.keys, streams.draw + (noise is not None))
     if isinstance(chosen, Kernel):
-        if not (grid is None and corrector is None and callback is None):
+        if not (grid is None and corrector is None and callback is None and not denoise):
             raise ArgumentError(
-                f"{type(chosen).__name__} is a Markov kernel: it has no grid, corrector or callback here; see its `run`"
+                f"{type(chosen).__name__} is a Markov kernel: it has no grid, corrector, denoising or callback here; "
+                "see its `run`"
             )
         x, nfe, states = _run_chains(chosen, field, z, steps, cond, after_start, return_info)
         each = torch.full((len(x),), nfe)
@@ -118,12 +125,15 @@ def sample(
     record: list[Step] = []
     watch = _watcher(callback, record) if return_info else callback
     bound = Bound(field, cond, times)
-    x = _follow_path(bound, times, start, chosen, after_start, corrector, watch)
+    x = _follow_path(bound, times, start, chosen, after_start, get_corrector(corrector), watch)
+    if denoise and scales(bound, times[-1])[1] > 0:
+        with evaluating(field):
+            x = bound(x, times[-1])
     if not return_info:
         return x
     states, denoised = tuple(r.x for r in record), tuple(r.denoised for r in record)
-    each = torch.full((len(x),), record[-1].nfe) if bound.per_sample is None else bound.per_sample
-    return Sample(x, record[-1].nfe, (start, *states), denoised, times, seed, each)
+    each = torch.full((len(x),), bound.calls) if bound.per_sample is None else bound.per_sample
+    return Sample(x, bound.calls, (start, *states), denoised, times, seed, each)
 
 
 def _follow_path(
@@ -138,8 +148,7 @@ def _follow_path(
     """The end of the path; where it is not finite, a second run finds the step to name."""
 
     def run(watching: Callable[[Step], object] | None) -> Tensor:
-        own = Streams(streams.keys, streams.draw)
-        draw = lambda: own.normal(start.shape, dtype=start.dtype, device=start.device)  # noqa: E731
+        draw = StreamNoise(Streams(streams.keys, streams.draw), start.shape, start.dtype, start.device)
         return integrate(bound, start, times, solver, draw, corrector=corrector, callback=watching)
 
     with evaluating(bound.field):
