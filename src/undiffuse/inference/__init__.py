@@ -1,5 +1,6 @@
 """Floor 4: questions put to a trained model or an energy: how likely is this, what lies behind it, how large is Z?"""
 
+from undiffuse.inference.dequantisation import VariationalDequantiser, dequantise
 from undiffuse.inference.encoding import decode, encode, interpolate
 from undiffuse.inference.energies import NearestClass, denoise, out_of_distribution
 from undiffuse.inference.likelihood import Exact, Hutchinson, HutchPP, Likelihood, bits_per_dim, log_likelihood
@@ -19,11 +20,13 @@ __all__ = [
     "Likelihood",
     "LogPartition",
     "NearestClass",
+    "VariationalDequantiser",
     "annealed_importance_sampling",
     "bits_per_dim",
     "bracket_log_z",
     "decode",
     "denoise",
+    "dequantise",
     "encode",
     "interpolate",
     "log_likelihood",
