@@ -8,7 +8,7 @@ from torch import nn
 
 import undiffuse as ud
 from undiffuse.core.errors import ArgumentError
-from undiffuse.inference.dequantisation import VariationalDequantiser, dequantise, levels_of
+from undiffuse.inference.dequantisation import VariationalDequantiser, count_levels, dequantise, levels_of
 
 F64 = torch.float64
 
@@ -83,8 +83,12 @@ def test_what_has_no_levels_is_refused():
     assert torch.equal(levels_of(x), torch.arange(256, dtype=F64)[None])
     v = dequantise(x, ud.Streams.of(0, 1))
     assert torch.equal(((v + 1) * 128).floor(), torch.arange(256, dtype=F64)[None])
-    with pytest.raises(ArgumentError, match="of a level off"):
-        dequantise(v)
+    assert count_levels(x) == 256
+    assert count_levels(2 * torch.tensor([[0.0, 3, 4, 16]]) / 16 - 1) == 17
+    assert count_levels(torch.tensor([[-1.0, 1.0]])) == 256  # nothing else is known of it
+    for fail in (dequantise, count_levels):
+        with pytest.raises(ArgumentError, match="of a level off"):
+            fail(v)
     with pytest.raises(ArgumentError, match="data run from -1 to 3"):
         dequantise(x * 2 + 1)
     with pytest.raises(ArgumentError, match="levels is 1"):

@@ -11,6 +11,7 @@ from undiffuse.cli import console
 from undiffuse.cli.demo import demo
 from undiffuse.cli.evaluate import evaluate
 from undiffuse.cli.importing import import_
+from undiffuse.cli.likelihood import likelihood
 from undiffuse.cli.recipes import recipes
 from undiffuse.cli.report import report
 from undiffuse.cli.sample import sample
@@ -24,6 +25,7 @@ Examples:
   undiffuse train digits training.steps=400   train a recipe, with a change
   undiffuse sample digits --seeds 0-63        from the newest run of that recipe
   undiffuse evaluate digits                   figures with their protocol
+  undiffuse likelihood digits                 bits per dimension of held-out data
   undiffuse report digits                     one HTML page
   torchrun --nproc-per-node 2 -m undiffuse.cli train digits
 """
@@ -57,7 +59,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, evaluate, report, recipes, demo):
+for command in (train, sample, evaluate, likelihood, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 

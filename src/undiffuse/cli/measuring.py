@@ -226,8 +226,13 @@ class Measuring:
 
 
 def append(file: Path, figures: Sequence[Figure]) -> None:
-    """Add one line per figure in a single write, on the disk when this returns."""
-    text = "".join(json.dumps(figure.to_dict(), allow_nan=False) + "\n" for figure in figures)
+    """Add one line per figure; see `append_lines`."""
+    append_lines(file, [figure.to_dict() for figure in figures])
+
+
+def append_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add one line per record in a single write, on the disk when this returns."""
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     with disk_errors(str(file), "The samples are intact"), open(file, "ab") as stream:
         stream.write(text.encode())
         stream.flush()

@@ -46,6 +46,23 @@ def levels_of(x: Event, levels: int = 256) -> Event:
     return k
 
 
+def count_levels(x: Event) -> int:
+    """256 where x fits bytes, else the number of levels that its closest values are apart.
+
+    Raises:
+        ArgumentError: no number of levels up to 65,536 fits, see `levels_of`.
+    """
+    try:
+        levels_of(x)
+        return 256
+    except ArgumentError:
+        gaps = x.double().unique().diff()
+        nearest = float(gaps[gaps > 1e-5].min()) if bool((gaps > 1e-5).any()) else 2.0
+        levels = round(2 / nearest) + 1
+        levels_of(x, min(levels, 65_536))
+        return levels
+
+
 def dequantise(x: Event, generator: Generator = None, *, levels: int = 256) -> Event:
     """`v = 2 (k + u) / levels - 1` with u uniform, of data with `levels` values as `levels_of` takes them."""
     u = random.uniform(x.shape, generator, dtype=torch.float64, device=x.device)
