@@ -23,7 +23,7 @@ def likelihood(
             metavar="[DATA]", help="A split of the run's data, or a folder or file of that kind (its training split)."
         ),
     ] = "held-out",
-    n: Annotated[int | None, typer.Option("--n", help="The first so many rows. Default: all.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "--samples", help="The first so many rows. Default: all.")] = None,
     divergence: Annotated[str, typer.Option(help="exact, hutchinson or hutch++.")] = "hutchinson",
     probes: Annotated[int, typer.Option(help="Random directions per sample, of the last two.")] = 1,
     tolerance: Annotated[float, typer.Option("--tolerance", help="rtol and atol of the flow.")] = 1e-5,
@@ -44,7 +44,7 @@ def likelihood(
     \b
     Examples:
       undiffuse likelihood digits
-      undiffuse likelihood mnist held-out --n 1000 --probes 4
+      undiffuse likelihood mnist held-out --samples 1000 --probes 4
       undiffuse likelihood digits train --divergence exact --n 100
       torchrun --nproc-per-node 8 -m undiffuse.cli likelihood cifar10 /data/cifar10
     """
