@@ -1,7 +1,7 @@
 """Exact log-likelihood along the probability flow (instantaneous change of variables).
 
 Along the flow `dx / dt = v(x, t)` the log-density of a moving point falls by the divergence of v,
-`d log p_t(x_t) / dt = -div v(x_t, t)` (eq. 4.1.7 and Lemma B.1.1; Chen et al. 2018). In the coordinates of
+`d log p_t(x_t) / dt = -div v(x_t, t)` (eq. 4.2.7; Chen et al. 2018). In the coordinates of
 `undiffuse.solvers.flow`, `y = x / n(t)` at the angle theta,
 
     log p_0(x) = log p_T(x_T) + D log(n_T / n_0) + integral of div_y (dy / dtheta) dtheta.
