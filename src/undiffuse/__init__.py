@@ -26,6 +26,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "NetworkDenoiser", "NetworkEnergy", "ProductEnergy", "ScoreNetwork", "TemperedEnergy", "log_density_ratio",
         "on_path", "posterior_covariance", "posterior_mean",
     ),
+    "undiffuse.guidance": ("ClassifierGuidance",),
     "undiffuse.objectives": (
         "SURE", "ConcreteScoreMatching", "ContrastiveDivergence", "Denoising", "DenoisingScoreMatching",
         "ExplicitScoreMatching", "FiniteDifferenceSliced", "GeneralizedScoreMatching", "ImplicitScoreMatching",
@@ -48,6 +49,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _MODULES = {
     "data": "undiffuse.data",
+    "guidance": "undiffuse.guidance",
     "inference": "undiffuse.inference",
     "metrics": "undiffuse.metrics",
     "nets": "undiffuse.nets",
@@ -67,6 +69,7 @@ __all__ = [
     "Adaptive",
     "AnnealedLangevin",
     "BernoulliRBM",
+    "ClassifierGuidance",
     "ConcreteScoreMatching",
     "ContrastiveDivergence",
     "Cosine",
@@ -123,6 +126,7 @@ __all__ = [
     "encode",
     "exact_flow",
     "geometric_levels",
+    "guidance",
     "import_weights",
     "inference",
     "interpolate",
@@ -163,7 +167,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from undiffuse import data, inference, metrics, nets, objectives, oracles, solvers
+    from undiffuse import data, guidance, inference, metrics, nets, objectives, oracles, solvers
     from undiffuse.core.errors import UndiffuseError
     from undiffuse.core.random import Streams
     from undiffuse.fields import (
@@ -185,6 +189,7 @@ if TYPE_CHECKING:
         posterior_mean,
     )
     from undiffuse.fields import prediction as predictions
+    from undiffuse.guidance import ClassifierGuidance
     from undiffuse.inference import (
         annealed_importance_sampling,
         bits_per_dim,
