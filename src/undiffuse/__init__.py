@@ -41,8 +41,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "sample",
     ),
     "undiffuse.inference": (
-        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "decode", "encode", "interpolate",
-        "log_likelihood",
+        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
+        "interpolate", "log_likelihood", "super_resolve",
     ),
     "undiffuse.integrations": ("import_weights",),
     "undiffuse.recipes": ("Recipe", "Run", "adopt", "load_recipe", "load_run", "train"),
@@ -121,6 +121,7 @@ __all__ = [
     "bits_per_dim",
     "bracket_log_z",
     "change_of_path",
+    "colourise",
     "data",
     "decode",
     "encode",
@@ -129,6 +130,7 @@ __all__ = [
     "guidance",
     "import_weights",
     "inference",
+    "inpaint",
     "interpolate",
     "levels_from_data",
     "load_recipe",
@@ -147,6 +149,7 @@ __all__ = [
     "predictions",
     "sample",
     "solvers",
+    "super_resolve",
     "train",
 ]
 
@@ -194,10 +197,13 @@ if TYPE_CHECKING:
         annealed_importance_sampling,
         bits_per_dim,
         bracket_log_z,
+        colourise,
         decode,
         encode,
+        inpaint,
         interpolate,
         log_likelihood,
+        super_resolve,
     )
     from undiffuse.integrations import import_weights
     from undiffuse.objectives import (
