@@ -23,14 +23,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.fields": (
         "Denoiser", "DenoiserAt", "DenoisingScore", "Energy", "ForwardSDE", "FunctionEnergy", "MarginalEnergy",
-        "MixtureEnergy", "NetworkDenoiser", "NetworkEnergy", "ProductEnergy", "ReverseSDE", "ScoreNetwork",
-        "TemperedEnergy", "euler_maruyama", "fokker_planck_residual", "log_density_ratio", "on_path",
+        "MixtureEnergy", "NetworkClassifier", "NetworkDenoiser", "NetworkEnergy", "ProductEnergy", "ReverseSDE",
+        "ScoreNetwork", "TemperedEnergy", "euler_maruyama", "fokker_planck_residual", "log_density_ratio", "on_path",
         "posterior_covariance", "posterior_mean",
     ),
+    "undiffuse.guidance": ("ClassifierGuidance",),
     "undiffuse.objectives": (
         "SURE", "ConcreteScoreMatching", "ContrastiveDivergence", "Denoising", "DenoisingScoreMatching",
         "ExplicitScoreMatching", "FiniteDifferenceSliced", "GeneralizedScoreMatching", "ImplicitScoreMatching",
-        "NoiseContrastive", "ScoreEntropy", "SlicedScoreMatching",
+        "NoiseContrastive", "NoisyClassification", "ScoreEntropy", "SlicedScoreMatching",
     ),
     "undiffuse.oracles": (
         "BernoulliRBM", "Empirical", "Funnel", "Gaussian", "GaussianMixture", "GaussianRBM", "LawEnergy", "Ring",
@@ -41,14 +42,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Underdamped", "make_grid", "sample",
     ),
     "undiffuse.inference": (
-        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "decode", "encode", "interpolate",
-        "log_likelihood",
+        "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
+        "interpolate", "log_likelihood", "super_resolve",
     ),
     "undiffuse.integrations": ("import_weights",),
     "undiffuse.recipes": ("Recipe", "Run", "adopt", "load_recipe", "load_run", "train"),
 }  # fmt: skip
 _MODULES = {
     "data": "undiffuse.data",
+    "guidance": "undiffuse.guidance",
     "inference": "undiffuse.inference",
     "metrics": "undiffuse.metrics",
     "nets": "undiffuse.nets",
@@ -68,6 +70,7 @@ __all__ = [
     "Adaptive",
     "AnnealedLangevin",
     "BernoulliRBM",
+    "ClassifierGuidance",
     "ConcreteScoreMatching",
     "ContrastiveDivergence",
     "Cosine",
@@ -95,9 +98,11 @@ __all__ = [
     "Linear",
     "MarginalEnergy",
     "MixtureEnergy",
+    "NetworkClassifier",
     "NetworkDenoiser",
     "NetworkEnergy",
     "NoiseContrastive",
+    "NoisyClassification",
     "ParallelTempering",
     "Path",
     "ProductEnergy",
@@ -122,6 +127,7 @@ __all__ = [
     "bits_per_dim",
     "bracket_log_z",
     "change_of_path",
+    "colourise",
     "data",
     "decode",
     "encode",
@@ -129,8 +135,10 @@ __all__ = [
     "exact_flow",
     "fokker_planck_residual",
     "geometric_levels",
+    "guidance",
     "import_weights",
     "inference",
+    "inpaint",
     "interpolate",
     "levels_from_data",
     "load_recipe",
@@ -149,6 +157,7 @@ __all__ = [
     "predictions",
     "sample",
     "solvers",
+    "super_resolve",
     "train",
 ]
 
@@ -169,7 +178,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from undiffuse import data, inference, metrics, nets, objectives, oracles, solvers
+    from undiffuse import data, guidance, inference, metrics, nets, objectives, oracles, solvers
     from undiffuse.core.errors import UndiffuseError
     from undiffuse.core.random import Streams
     from undiffuse.fields import (
@@ -181,6 +190,7 @@ if TYPE_CHECKING:
         FunctionEnergy,
         MarginalEnergy,
         MixtureEnergy,
+        NetworkClassifier,
         NetworkDenoiser,
         NetworkEnergy,
         ProductEnergy,
@@ -195,14 +205,18 @@ if TYPE_CHECKING:
         posterior_mean,
     )
     from undiffuse.fields import prediction as predictions
+    from undiffuse.guidance import ClassifierGuidance
     from undiffuse.inference import (
         annealed_importance_sampling,
         bits_per_dim,
         bracket_log_z,
+        colourise,
         decode,
         encode,
+        inpaint,
         interpolate,
         log_likelihood,
+        super_resolve,
     )
     from undiffuse.integrations import import_weights
     from undiffuse.objectives import (
@@ -216,6 +230,7 @@ if TYPE_CHECKING:
         GeneralizedScoreMatching,
         ImplicitScoreMatching,
         NoiseContrastive,
+        NoisyClassification,
         ScoreEntropy,
         SlicedScoreMatching,
     )

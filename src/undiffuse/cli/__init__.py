@@ -9,6 +9,7 @@ import typer
 
 from undiffuse.cli import console
 from undiffuse.cli.demo import demo
+from undiffuse.cli.edit import edit
 from undiffuse.cli.evaluate import evaluate
 from undiffuse.cli.importing import import_
 from undiffuse.cli.likelihood import likelihood
@@ -24,6 +25,7 @@ Examples:
   undiffuse demo                              train, measure and report on digits
   undiffuse train digits training.steps=400   train a recipe, with a change
   undiffuse sample digits --seeds 0-63        from the newest run of that recipe
+  undiffuse edit digits inpaint 7.png --box 2,2,6,6
   undiffuse evaluate digits                   figures with their protocol
   undiffuse likelihood digits                 bits per dimension of held-out data
   undiffuse report digits                     one HTML page
@@ -59,7 +61,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, evaluate, likelihood, report, recipes, demo):
+for command in (train, sample, edit, evaluate, likelihood, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 

@@ -1,6 +1,7 @@
 """Floor 2: what a model says about x at time t."""
 
 from undiffuse.fields import prediction
+from undiffuse.fields.classifier import NetworkClassifier
 from undiffuse.fields.denoiser import Denoiser, NetworkDenoiser, OnPath, on_path
 from undiffuse.fields.energy import (
     DenoiserAt,
@@ -33,6 +34,7 @@ __all__ = [
     "HasScore",
     "MarginalEnergy",
     "MixtureEnergy",
+    "NetworkClassifier",
     "NetworkDenoiser",
     "NetworkEnergy",
     "OnPath",

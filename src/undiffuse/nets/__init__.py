@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from undiffuse.nets.classifier import ClassifierConv, ClassifierMLP
 from undiffuse.nets.dit import DiT
 from undiffuse.nets.energy import EnergyConv, EnergyMLP
 from undiffuse.nets.memory import keep_freed_memory
@@ -26,6 +27,8 @@ __all__ = [
     "MLP",
     "NETS",
     "PRESETS",
+    "ClassifierConv",
+    "ClassifierMLP",
     "DiT",
     "EnergyConv",
     "EnergyMLP",

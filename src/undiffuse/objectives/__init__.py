@@ -2,6 +2,7 @@
 
 from undiffuse.objectives import times, weights
 from undiffuse.objectives.adjoint import Operator, check_adjoint
+from undiffuse.objectives.classification import NoisyClassification
 from undiffuse.objectives.concrete import (
     ConcreteScoreMatching,
     DenoisingScoreEntropy,
@@ -49,6 +50,7 @@ __all__ = [
     "Losses",
     "MatrixOperator",
     "NoiseContrastive",
+    "NoisyClassification",
     "Operator",
     "ReplayBuffer",
     "ScoreEntropy",

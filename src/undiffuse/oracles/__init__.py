@@ -1,5 +1,6 @@
 """Floor 3: closed-form worlds, in which every quantity of the theory is known."""
 
+from undiffuse.oracles.classifier import MixtureClassifier
 from undiffuse.oracles.cumulants import posterior_cumulants
 from undiffuse.oracles.empirical import Empirical
 from undiffuse.oracles.energies import Funnel, LawEnergy, Ring, Rosenbrock
@@ -20,6 +21,7 @@ __all__ = [
     "Law",
     "LawDenoiser",
     "LawEnergy",
+    "MixtureClassifier",
     "Ring",
     "Rosenbrock",
     "exact_flow",

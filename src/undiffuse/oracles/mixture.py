@@ -12,7 +12,9 @@ from torch import Tensor
 from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Generator
+from undiffuse.oracles.classifier import MixtureClassifier
 from undiffuse.oracles.law import Cond, Event, Law, check_labels
+from undiffuse.paths import Path
 
 
 class GaussianMixture(Law):
@@ -131,6 +133,14 @@ class GaussianMixture(Law):
         chosen = (u[:, None] * steps[:, -1:] >= steps).sum(1)
         noise = random.normal((n, *self.event), generator, dtype=self.dtype, device=device).reshape(n, -1)
         return (self.flat_means[chosen] + self.variances[chosen].sqrt() * noise).reshape(n, *self.event)
+
+    def log_joint(self, x: Float[Tensor, "b d"], alpha: Tensor, sigma: Tensor) -> Float[Tensor, "b k"]:
+        """`log p(component, x_t)` at the scales of `posterior_means`."""
+        return self._components(x, alpha, sigma, None)[0]
+
+    def classifier(self, path: Path) -> MixtureClassifier:
+        """The exact `log p(y, x_t)` of the classes on a path, as logits."""
+        return MixtureClassifier(self, path)
 
     def responsibilities(self, x: Event, cond: Cond = None) -> Float[Tensor, "b k"]:
         """`p(component | x)`."""
