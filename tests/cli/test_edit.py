@@ -24,7 +24,7 @@ def read(file):
     return np.asarray(Image.open(file)).astype(int)
 
 
-FEW = ["--steps", 4, "--n", 2, "--seed", 5, "--out", "out", "--json"]
+FEW = ["--steps", 4, "--n", 2, "--seed", 5, "--out", "out", "--json", "--label", 1]
 
 
 def test_inpainting_keeps_what_the_mask_keeps(image_run, command, tmp_path):
@@ -45,7 +45,7 @@ def test_inpainting_keeps_what_the_mask_keeps(image_run, command, tmp_path):
     assert not np.array_equal(first[hole], second[hole])
     # Alone, in batches of one, and with the same hole as a mask: the same but for rounding.
     (tmp_path / "mask.png").write_bytes(png(np.where(hole, 0, 255).astype(np.uint8)))
-    alone = ["--steps", 4, "--n", 1, "--seed", 6, "--out", "alone", "--batch-size", 1]
+    alone = ["--steps", 4, "--n", 1, "--seed", 6, "--out", "alone", "--batch-size", 1, "--label", 1]
     assert command("edit", image_run.folder, "inpaint", "a.png", "--mask", "mask.png", *alone).exit_code == 0
     assert np.abs(read("alone/a-6.png") - second).max() <= 1
 
@@ -99,14 +99,22 @@ def test_wrong_words_are_explained(image_run, command, tmp_path, words, code, sa
     saved(tmp_path / "a.png", (8, 8))
     saved(tmp_path / "small.png", (4, 4))
     (tmp_path / "text.png").write_text("no picture")
-    done = command("edit", image_run.folder, *words)
+    label = [] if "--label" in words else ["--label", 1]
+    done = command("edit", image_run.folder, *words, *label)
     assert done.exit_code == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
 
+def test_a_model_that_never_saw_data_without_a_class_is_told_one(image_run, command, tmp_path):
+    saved(tmp_path / "a.png", (8, 8))
+    done = command("edit", image_run.folder, "inpaint", "a.png", "--box", "0,0,4,4")
+    assert done.exit_code == 2
+    assert "give --label 0 ... 9" in done.stderr
+
+
 def test_points_are_no_pictures(plane_run, command, tmp_path):
     saved(tmp_path / "a.png", (8, 8))
-    done = command("edit", plane_run.folder, "inpaint", "a.png", "--box", "0,0,4,4")
+    done = command("edit", plane_run.folder, "inpaint", "a.png", "--box", "0,0,4,4", "--label", 0)
     assert done.exit_code == 2
     assert "are no pictures" in done.stderr

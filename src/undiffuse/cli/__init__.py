@@ -25,7 +25,7 @@ Examples:
   undiffuse demo                              train, measure and report on digits
   undiffuse train digits training.steps=400   train a recipe, with a change
   undiffuse sample digits --seeds 0-63        from the newest run of that recipe
-  undiffuse edit digits inpaint 7.png --box 2,2,6,6
+  undiffuse edit digits inpaint 7.png --box 2,2,6,6 --label 7
   undiffuse evaluate digits                   figures with their protocol
   undiffuse likelihood digits                 bits per dimension of held-out data
   undiffuse report digits                     one HTML page

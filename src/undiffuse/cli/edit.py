@@ -38,7 +38,10 @@ def edit(
     n: Annotated[int, typer.Option("--n", help="Results for each picture.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of each picture's first result; the next has the next.")] = 0,
     resample: Annotated[int, typer.Option(help="Times that each step is made; more is slower and fits better.")] = 1,
-    label: Annotated[int | None, typer.Option(help="Class of all results. Default: none.")] = None,
+    label: Annotated[
+        int | None,
+        typer.Option(help="Class of all results, -1 for none. Needed where the model never saw data without one."),
+    ] = None,
     solver: Annotated[str | None, typer.Option(help=f"Solver. Default: {SOLVER}.")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Solver steps. Default: {STEPS}.")] = None,
     batch_size: options.BatchSize = None,
@@ -58,10 +61,10 @@ def edit(
 
     \b
     Examples:
-      undiffuse edit mnist inpaint seven.png --box 8,8,20,20
-      undiffuse edit mnist inpaint seven.png --mask half.png --resample 5 --n 8
-      undiffuse edit cifar10 colourise grey.png
-      undiffuse edit cifar10 super-resolve small.png --out large
+      undiffuse edit mnist inpaint seven.png --box 8,8,20,20 --label 7
+      undiffuse edit mnist inpaint seven.png --mask half.png --label 7 --resample 5 --n 8
+      undiffuse edit cifar10 colourise grey.png --label 3
+      undiffuse edit runs/faces super-resolve small.png --out large
     """
     stems = _check(images, n, seed, out)
     from undiffuse.cli.drawing import How, Model
@@ -72,6 +75,7 @@ def edit(
         raise ArgumentError(f"{found.folder} trained an energy; edit needs a denoiser")
     defaults = {"solver": {"name": SOLVER}, "steps": STEPS}
     model = Model.load(found, How(solver, steps, None, batch_size, label, ema, step, device), defaults)
+    _check_label(model, label)
     work = _task(task, images, model.sampler.facts, mask, box)
     settings = model.settings() | {"task": task, "n": n, "seed": seed, "resample": resample, "grid": None}
     folder = out or model.run.folder / "samples" / f"edit-{task}-{_key(settings, work)}"
@@ -94,6 +98,16 @@ def _check(images: Sequence[Path], n: int, seed: int, out: Path | None) -> list[
     if twice:
         raise ArgumentError(f"two pictures are called {twice[0]}, and so would their results: edit them one by one")
     return stems
+
+
+def _check_label(model: Model, label: int | None) -> None:
+    """Without a class a model answers only if it was trained so."""
+    classes = model.sampler.facts.num_classes
+    if label is None and classes is not None and model.run.recipe.train_config().cond_dropout == 0:
+        raise ArgumentError(
+            f"{model.run.folder} was trained with classes and never without: give --label 0 ... {classes - 1} (or "
+            "train with training.cond_dropout=0.1)"
+        )
 
 
 def _task(name: str, images: Sequence[Path], facts: Any, mask: Path | None, box: str | None) -> Task:
