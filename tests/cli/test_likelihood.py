@@ -102,6 +102,7 @@ def test_points_have_nats_only(plane_run, command):
         (["--divergence", "hutch"], "Did you mean"),
         (["--probes", "0"], "probes is 0"),
         (["--n", "0"], "expected at least one row"),
+        (["--batch-size", "-5"], "expected at least one"),
         (["--tolerance", "0"], "one of them above"),
         (["held-ot"], "held-ot"),
     ],
@@ -110,3 +111,12 @@ def test_wrong_words_are_explained(run, command, words, says):
     result = command("likelihood", run, *words, "--quiet")
     assert result.exit_code not in (0, 70)
     assert says in result.stderr
+
+
+def test_one_row_has_no_error_and_a_folder_of_a_split_s_name_does_not_hide_it(run, command, tmp_path):
+    (tmp_path / "held-out").mkdir()
+    result = command("likelihood", run, "--tolerance", "1e-2", "--samples", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.json()["nats_error"] is None
+    text = command("likelihood", run, "--tolerance", "1e-2", "--samples", 1).stdout
+    assert text.count("±") == 1  # in the head of the table

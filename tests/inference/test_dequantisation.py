@@ -86,6 +86,8 @@ def test_what_has_no_levels_is_refused():
     assert count_levels(x) == 256
     assert count_levels(2 * torch.tensor([[0.0, 3, 4, 16]]) / 16 - 1) == 17
     assert count_levels(torch.tensor([[-1.0, 1.0]])) == 256  # nothing else is known of it
+    wide = (2 * torch.arange(65_536, dtype=F64) / 65_535 - 1).float()
+    assert count_levels(wide) == 65_536
     for fail in (dequantise, count_levels):
         with pytest.raises(ArgumentError, match="of a level off"):
             fail(v)

@@ -71,6 +71,13 @@ def test_a_great_circle_keeps_the_length():
     assert torch.allclose(ud.encode(field, between, **TIGHT).norm(dim=1), torch.full((3,), 2.0, dtype=F64), atol=1e-5)
 
 
+def test_between_opposite_latents_is_the_line():
+    law = ud.Gaussian(torch.zeros(1, dtype=F64), std=torch.ones(1, dtype=F64))
+    a, b = torch.tensor([[1.0], [0.0]], dtype=F64), torch.tensor([[-0.5], [0.7]], dtype=F64)
+    mixed = ud.interpolate(law.denoiser(ud.Linear()), a, b, [0.3], **TIGHT)[0]
+    assert torch.allclose(mixed, 0.7 * a + 0.3 * b, atol=1e-6)
+
+
 def test_wrong_arguments_are_explained():
     field, x = LAW.denoiser(ud.Linear()), drawn(2)
     with pytest.raises(ArgumentError, match="temperature is -1"):
@@ -81,5 +88,9 @@ def test_wrong_arguments_are_explained():
         ud.interpolate(field, x, x[:1], [0.5])
     with pytest.raises(ArgumentError, match="at least one"):
         ud.interpolate(field, x, x, [])
+    with pytest.raises(ArgumentError, match="B >= 1"):
+        ud.encode(field, x[:0])
+    with pytest.raises(ArgumentError, match="one row for each of 2 samples"):
+        ud.encode(field, x, cond=torch.arange(5))
     with pytest.raises(ArgumentError, match="batch is 0"):
         ud.encode(field, x, batch=0)

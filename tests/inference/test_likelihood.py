@@ -151,6 +151,16 @@ def test_its_gradient_is_the_score_and_reaches_the_parameters():
     assert torch.allclose(model.b.grad, -law.score(x.detach()).sum(0), atol=1e-3)
 
 
+def test_hutch_plus_plus_s_gradient_is_the_exact_one_s():
+    """With as many probes as dimensions, also where the sketched columns depend on each other (alpha = 0)."""
+    law = mixture(3)
+    x = law.sample(3, ud.Streams.of(11, 3)).requires_grad_()
+    options = {"rtol": 1e-7, "atol": 1e-7, "differentiable": True, "seed": 0}
+    ran = ud.log_likelihood(law.denoiser(ud.Linear()), x, divergence=HutchPP(3), **options)
+    (slope,) = torch.autograd.grad(ran.nats.sum(), x)
+    assert torch.allclose(slope, law.score(x.detach()), atol=1e-4)
+
+
 def test_bits_per_dim_of_a_uniform_law_are_the_bits_of_its_levels():
     """Uniform on [-1, 1]^D: log-density -D log 2, and each of 2^k levels costs k bits."""
     assert ud.bits_per_dim(-7 * math.log(2), 7) == pytest.approx(8)
@@ -173,6 +183,10 @@ def test_wrong_arguments_are_explained():
         ud.log_likelihood(field, torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="expected floats of shape"):
         ud.log_likelihood(field, torch.zeros(3, 5, dtype=F64))
+    with pytest.raises(ArgumentError, match="one row for each of 3 samples"):
+        ud.log_likelihood(field, x, cond=torch.arange(9))
+    with pytest.raises(ArgumentError, match="seed holds 2 streams"):
+        ud.log_likelihood(field, x, seed=ud.Streams.of(0, 2))
     with pytest.raises(ArgumentError, match="levels 1"):
         ud.bits_per_dim(0.0, 3, levels=1)
     with pytest.raises(ArgumentError, match="probes is 0"):

@@ -224,6 +224,34 @@ def test_gradients_flow_through_the_steps():
             assert torch.allclose(slope[:, j], (ends[0] - ends[1]) / 2e-5, atol=1e-6)
 
 
+def test_a_model_that_answers_nan_is_named_at_once():
+    class Broken(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return torch.where(torch.arange(len(x_t))[:, None] == 1, torch.nan, x_t)
+
+    with pytest.raises(SamplingError, match=r"NaN at the start in 1 of 3 samples \(first: 1\)"):
+        sample(Broken(VP()), (3, 2), solver="dopri5", seed=0, dtype=F64)
+
+    class Later(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return x_t * torch.where(torch.as_tensor(t) < 0.5, torch.nan, 0.1).reshape(-1, 1)
+
+    with pytest.raises(SamplingError, match="fell below rounding"):
+        sample(Later(VP()), (3, 2), solver="dopri5", seed=0, dtype=F64)
+
+
+def test_an_answer_of_another_shape_is_refused():
+    class Narrow(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return x_t[:, :1]
+
+        def estimate(self, x_t, t, cond=None):
+            return x_t[:, :1], x_t[:, :1]
+
+    with pytest.raises(ArgumentError, match="returned shape"):
+        sample(Narrow(VP()), (3, 2), solver="dopri5", seed=0, dtype=F64)
+
+
 def test_a_tolerance_that_cannot_be_met_says_how_far_it_came():
     class Rough(Denoiser):
         def forward(self, x_t, t, cond=None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,6 +54,8 @@ def likelihood(
         raise ArgumentError(f"--dequantise {dequantise}: expected {', '.join(NOISES)}")
     if n is not None and n < 1:
         raise ArgumentError(f"--n {n}: expected at least one row")
+    if batch_size is not None and batch_size < 1:
+        raise ArgumentError(f"--batch-size {batch_size}: expected at least one")
     screen = Console(json, quiet)
     job = Job(
         run=Path(run),
@@ -63,7 +65,7 @@ def likelihood(
         tolerance=tolerance,
         noise=dequantise,
         seed=seed,
-        batch=batch_size or 64,
+        batch=64 if batch_size is None else batch_size,
         ema=ema,
         step=step,
         device=device,
@@ -75,9 +77,9 @@ def _report(job: Job, screen: Console) -> None:
     record = job.run_all(screen)
     if not is_lead() or record is None:
         return
-    rows = [["log-likelihood, nats", f"{record['nats']:.4f} ± {record['nats_error']:.2g}"]]
+    rows = [["log-likelihood, nats", _figure(record, "nats")]]
     if "bits_per_dim" in record:
-        rows.append(["bits per dimension", f"{record['bits_per_dim']:.4f} ± {record['bits_per_dim_error']:.2g}"])
+        rows.append(["bits per dimension", _figure(record, "bits_per_dim")])
     rows.append(["evaluations per sample", f"{record['nfe']:.1f}"])
     screen.table(
         f"{record['n']:,} of {record['data']} ({record['split']}), {record['divergence']}, tolerance "
@@ -87,3 +89,8 @@ def _report(job: Job, screen: Console) -> None:
     )
     screen.say(f"rows in {record['rows']}")
     screen.result(record)
+
+
+def _figure(record: dict[str, Any], name: str) -> str:
+    error = record[f"{name}_error"]
+    return f"{record[name]:.4f}" + ("" if error is None else f" ± {error:.2g}")

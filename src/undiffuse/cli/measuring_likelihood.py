@@ -64,9 +64,9 @@ class Job:
         Raises:
             DataError: data of another shape than the run's, or streamed. RunError: the run is an energy.
         """
-        elsewhere = Path(self.data).exists()
+        elsewhere = self.data not in ("train", "held-out") and Path(self.data).exists()
         split = "train" if elsewhere else self.data
-        loaded = load_changed(self.run, [f"data.path={self.data}"] if elsewhere else [], ("data.",))
+        loaded = load_changed(self.run, [f"data.path={json.dumps(self.data)}"] if elsewhere else [], ("data.",))
         place = pick_device(self.device)
         saved = load_checkpoint(loaded.folder, self.step)
         ema = loaded.average(self.ema, saved.step)
@@ -74,6 +74,7 @@ class Job:
         dataset = self._dataset(loaded, split)
         count = len(dataset) if self.n is None else min(self.n, len(dataset))
         noise = self.noise if dataset.is_image else "none"
+        first, _ = dataset.batch(torch.arange(min(len(dataset), 4096)))
         made = {
             "weights": hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16],
             "ema": ema,
@@ -83,7 +84,7 @@ class Job:
             "divergence": repr(self.rule),
             "tolerance": self.tolerance,
             "dequantisation": noise,
-            "levels": None if noise == "none" else count_levels(dataset.batch(torch.arange(min(count, 256)))[0]),
+            "levels": None if noise == "none" else count_levels(first),
             "seed": self.seed,
         }
         key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
@@ -118,6 +119,12 @@ class Job:
             raise DataError(
                 f"{dataset.name} has shape {list(dataset.shape)} and the run was trained on {list(facts.shape)}: "
                 "expected the same"
+            )
+        theirs = (dataset.num_classes, dataset.class_names)
+        if facts.num_classes is not None and theirs != (facts.num_classes, facts.class_names):
+            raise DataError(
+                f"{dataset.name} has {theirs[0]} classes, {theirs[1]}, and the run was trained on {facts.num_classes}, "
+                f"{facts.class_names}: expected the same, since its likelihood is that given the class"
             )
         return dataset
 
@@ -201,12 +208,16 @@ def _holds(file: Path, rows: np.ndarray) -> bool:
         return False
 
 
-def _means(nats: np.ndarray, nfe: np.ndarray, shape: tuple[int, ...], levels: int | None) -> dict[str, float]:
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of the mean; of one value none is known."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def _means(nats: np.ndarray, nfe: np.ndarray, shape: tuple[int, ...], levels: int | None) -> dict[str, float | None]:
     """Means over the rows and their standard errors."""
-    error: Callable[[np.ndarray], float] = lambda v: float(v.std(ddof=1) / len(v) ** 0.5) if len(v) > 1 else 0.0  # noqa: E731
-    means = {"nats": float(nats.mean()), "nats_error": error(nats), "nfe": float(nfe.mean())}
+    means: dict[str, float | None] = {"nats": float(nats.mean()), "nats_error": _error(nats), "nfe": float(nfe.mean())}
     if levels is not None:
         size = int(np.prod(shape))
         bits = np.asarray([bits_per_dim(float(value), size, levels) for value in nats])
-        means |= {"bits_per_dim": float(bits.mean()), "bits_per_dim_error": error(bits)}
+        means |= {"bits_per_dim": float(bits.mean()), "bits_per_dim_error": _error(bits)}
     return means

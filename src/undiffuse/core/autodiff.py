@@ -221,7 +221,9 @@ def trace_by_sketch(
         directions: m more.
     """
     value, pull = _pullback(f, x)
-    columns = torch.stack([pull(u).flatten(1) for u in sketch], 2)
+    # The basis is a constant to gradients: the estimate is unbiased for any, and the QR of columns that depend on each
+    # other has none.
+    columns = torch.stack([pull(u).detach().flatten(1) for u in sketch], 2)
     basis = torch.linalg.qr(columns)[0]
     total = x.new_zeros(x.shape[0])
     for j in range(basis.shape[2]):

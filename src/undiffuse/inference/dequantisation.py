@@ -37,7 +37,7 @@ def levels_of(x: Event, levels: int = 256) -> Event:
         raise ArgumentError(f"levels is {levels}: expected at least 2")
     scaled = (x + 1) * (0.5 * (levels - 1))
     k = scaled.round()
-    worst = float((scaled - k).abs().max()) if x.numel() else 0.0
+    worst = _off(x, levels) if x.numel() else 0.0
     if worst > 0.1 or (x.numel() and not (float(k.min()) >= 0 and float(k.max()) < levels)):
         raise ArgumentError(
             f"data run from {float(x.min()):.4g} to {float(x.max()):.4g}, up to {worst:.2f} of a level off: expected "
@@ -56,11 +56,20 @@ def count_levels(x: Event) -> int:
         levels_of(x)
         return 256
     except ArgumentError:
-        gaps = x.double().unique().diff()
-        nearest = float(gaps[gaps > 1e-5].min()) if bool((gaps > 1e-5).any()) else 2.0
-        levels = round(2 / nearest) + 1
-        levels_of(x, min(levels, 65_536))
-        return levels
+        values = x.double().unique()
+        gaps = values.diff()
+        gaps = gaps[gaps > 1e-5]
+        near = round(2 / float(gaps.min())) + 1 if len(gaps) else 2
+        # The closest pair is a little closer than it should be where values are rounded.
+        fits = [n for n in range(max(2, near - 2), min(near + 2, 65_536) + 1) if _off(values, n) <= 0.1]
+        if not fits:
+            levels_of(x, max(2, min(near, 65_536)))  # says what is wrong
+        return min(fits, key=lambda n: _off(values, n))
+
+
+def _off(x: Tensor, levels: int) -> float:
+    scaled = (x + 1) * (0.5 * (levels - 1))
+    return float((scaled - scaled.round()).abs().max())
 
 
 def dequantise(x: Event, generator: Generator = None, *, levels: int = 256) -> Event:

@@ -17,14 +17,15 @@ from undiffuse.solvers.base import Bound, Cond, rows_of
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.flow import flow
 from undiffuse.solvers.pairs import PAIRS
+from undiffuse.solvers.sampling import placed
 
 Event = Float[Tensor, "b *event"]
 
 
 def check_event(x: Tensor, batch: int) -> None:
     """Raises ArgumentError unless x is (B, *event) of finite floats, and batch at least 1."""
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ArgumentError(f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (B, *event)")
+    if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+        raise ArgumentError(f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (B, *event), B >= 1")
     if batch < 1:
         raise ArgumentError(f"batch is {batch}: expected at least 1")
     bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0]
@@ -101,6 +102,7 @@ def _carried(
 ) -> Event:
     choose(method, PAIRS, "method")
     check_event(x, batch)
+    cond = placed(cond, len(x), x.device)
     parts = []
     with evaluating(denoiser):
         for rows in torch.arange(len(x), device=x.device).split(batch):
@@ -121,12 +123,12 @@ def _linear(a: Event, b: Event, w: Tensor) -> Event:
 def _spherical(a: Event, b: Event, w: Tensor) -> Event:
     """Along the great circle: `(sin((1 - w) phi) a + sin(w phi) b) / sin(phi)`, phi the angle between (Shoemake 1985).
 
-    Where a and b have one direction it is the straight line.
+    Where that says nothing (one direction, opposite ones, a zero) it is the straight line.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
-    phi = pad_to(torch.arccos(cosine.clamp(-1, 1)), a)
-    flat = phi.abs() < 1e-6
+    phi = pad_to(torch.arccos(cosine.nan_to_num(nan=1.0).clamp(-1, 1)), a)
+    flat = torch.sin(phi) < 1e-6
     sine = torch.where(flat, torch.ones_like(phi), torch.sin(phi))
     on_a = torch.where(flat, 1 - w, torch.sin((1 - w) * phi) / sine)
     on_b = torch.where(flat, w.expand_as(phi), torch.sin(w * phi) / sine)

@@ -27,6 +27,7 @@ from undiffuse.solvers.base import Bound, Cond, rows_of
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.flow import Flow, norm_at
 from undiffuse.solvers.pairs import PAIRS
+from undiffuse.solvers.sampling import placed
 
 Event = Float[Tensor, "b *event"]
 PerSample = Float[Tensor, " b"]
@@ -172,6 +173,9 @@ def log_likelihood(
     check_event(x, batch)
     seed = fresh_seed() if seed is None else seed
     streams = seed if isinstance(seed, Streams) else Streams.of(seed, len(x))
+    if len(streams) != len(x):
+        raise ArgumentError(f"seed holds {len(streams)} streams: expected one for each of {len(x)} samples")
+    cond = placed(cond, len(x), x.device)
     share = 0.1 if rule.exact else 1.0
     tolerance = Tolerance(share * rtol, share * atol, (math.prod(x.shape[1:]), 1), length=rule.exact)
     settings = (rule, tolerance, method, prior)

@@ -180,7 +180,7 @@ def solve(
         if bool(finished.any()):
             done.append(active.only(finished))
             active = active.only(~finished)
-        elif bool((active.step <= 16 * torch.finfo(torch.float64).eps * active.position.abs()).any()):
+        elif bool((~(active.step > 16 * torch.finfo(torch.float64).eps * active.position.abs())).any()):
             _give_up(active, b, tolerance, "the steps fell below rounding", describe)
     order = torch.argsort(torch.cat([part.rows for part in done]))
     y, k, step = (torch.cat([getattr(part, name) for part in done])[order] for name in ("y", "slope", "step"))
@@ -194,6 +194,12 @@ def _begin(
     position = torch.full(y.shape[:1], start, dtype=torch.float64, device=y.device)
     known, step = first or (None, None)
     k = slope(position, y, rows) if known is None else known
+    bad = (~torch.isfinite(k)).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise SamplingError(
+            f"the slope is infinite or NaN at the start in {len(bad)} of {len(y)} samples (first: {bad[0]}): check the "
+            "weights, the condition and the start"
+        )
     if step is None:
         step = _first_step(slope, y, k, position, end, rows, pair, tolerance)
     return _Active(rows, position, y, k, step, torch.zeros_like(rows, dtype=torch.bool))

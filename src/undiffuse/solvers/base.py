@@ -134,7 +134,8 @@ class Bound:
     def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Tensor) -> tuple[Event, Event]:
         """`(E[x_0 | x_t], E[eps | x_t])`, otherwise as `at`."""
         self._count(rows)
-        return self.field.estimate(x, as_time(t, x), rows_of(self.cond, rows))
+        x_0, noise = self.field.estimate(x, as_time(t, x), rows_of(self.cond, rows))
+        return self._checked(x_0, x), self._checked(noise, x)
 
     def _count(self, rows: Tensor) -> None:
         self.calls += 1

@@ -100,7 +100,7 @@ def sample(
     chosen = _chosen(solver)
     sizes = _sizes(shape, noise)
     device, dtype = _placement(field, noise, device, dtype)
-    cond = _placed(cond, sizes[0], device)
+    cond = placed(cond, sizes[0], device)
     seed = fresh_seed() if seed is None else seed
     streams = Streams(seed.keys, seed.draw) if isinstance(seed, Streams) else Streams.of(seed, sizes[0])
     streams = Streams(streams.keys.to(device), streams.draw)
@@ -244,7 +244,7 @@ def _placement(
     return torch.device(device), torch.promote_types(dtype, torch.float32)
 
 
-def _placed(cond: Cond, rows: int, device: torch.device) -> Cond:
+def placed(cond: Cond, rows: int, device: torch.device) -> Cond:
     """The condition on the device, with one row for each sample."""
     if cond is None:
         return None
