@@ -101,7 +101,13 @@ def _options(flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in flags:
         if name not in FLAGS and name not in _OF_NO_MATTER:
             raise ArgumentError(f"unknown flag '{name}'.{nearest(name, FLAGS)} Known: {', '.join(FLAGS)}.")
-    return {**FLAGS, **flags}
+    options = {**FLAGS, **flags}
+    if "rescale_timesteps" not in flags and str(options["diffusion_steps"]) != "1000":
+        raise ArgumentError(
+            f"diffusion_steps={options['diffusion_steps']} without rescale_timesteps, whose default is True in "
+            "improved-diffusion and False in guided-diffusion: add --rescale_timesteps True or False"
+        )
+    return options
 
 
 def _arguments(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
