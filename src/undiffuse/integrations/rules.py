@@ -93,14 +93,20 @@ def apply(
     missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted - set(unused))
     if missing or unknown:
         raise CheckpointError(f"{what}: {_differences(missing, unknown)} Is it of this architecture?")
-    made = {rule.ours: rule.make(*[given[name].float() for name in rule.theirs]).contiguous() for rule in rules}
-    for name, tensor in net.state_dict().items():
-        if made[name].shape != tensor.shape:
-            sources = next(rule.theirs for rule in rules if rule.ours == name)
-            raise CheckpointError(
-                f"{what}: '{sources[0]}' gives {tuple(made[name].shape)} where this network's {name} is "
-                f"{tuple(tensor.shape)}: expected the weights of the architecture that was named"
-            )
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    return {rule.ours: _made(rule, given, expected[rule.ours], what) for rule in rules}
+
+
+def _made(rule: Rule, given: Mapping[str, Tensor], expected: tuple[int, ...], what: str) -> Tensor:
+    """One tensor of ours, of the shape that is expected."""
+    sources = ", ".join(f"'{name}' of shape {tuple(given[name].shape)}" for name in rule.theirs)
+    wrong = f"where this network's {rule.ours} is {expected}: expected the weights of the architecture that was named"
+    try:
+        made = rule.make(*[given[name].float() for name in rule.theirs]).contiguous()
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{what}: {sources} does not fit {wrong}") from error
+    if made.shape != expected:
+        raise CheckpointError(f"{what}: {sources} gives {tuple(made.shape)} {wrong}")
     return made
 
 
