@@ -5,7 +5,7 @@ import torch
 
 from integrations import planted
 from undiffuse.core.errors import ArgumentError, CheckpointError
-from undiffuse.integrations.guided_diffusion import guided_diffusion
+from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
 
 
 def test_another_number_of_steps_asks_how_times_were_counted():
@@ -36,3 +36,35 @@ def test_weights_that_do_not_fit_name_both_shapes(name, shape):
     said = str(caught.value)
     assert f"'{name}' of shape {shape}" in said
     assert "where this network's" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--image_size '64", "No closing quotation"),
+        ("--image_size big", "image_size=big: expected a whole number"),
+        ("--image_size 0", "image_size=0: expected 1 or more"),
+        ("--dropout none", "dropout=none: expected a number"),
+        ("--channel_mult 1,x", "channel_mult=1,x"),
+        ("--channel_mult 0,1", "multiples of the first"),
+        ("--channel_mult nan,1", "multiples of the first"),
+        ("--attention_resolutions 16;8", "attention_resolutions=16;8"),
+        ("--class_cond maybe", "class_cond 'maybe': expected true or false"),
+    ],
+)
+def test_a_wrong_flag_is_named(line, message):
+    with pytest.raises(ArgumentError, match=message):
+        guided_diffusion({}, read_flags(line))
+
+
+def test_switches_are_written_in_many_ways():
+    state = planted.weights("improved")
+    for word in ("t", "Y", "yes", "1", "True", "f", "N", "no", "0", "False"):
+        flags = {**planted.GUIDED["improved"], "predict_xstart": word}
+        assert guided_diffusion(state, flags).prediction == ("data" if word in "t Y yes 1 True" else "noise")
+
+
+def test_labels_that_the_weights_have_not():
+    state = {name: tensor for name, tensor in planted.weights("improved").items() if name != "label_emb.weight"}
+    with pytest.raises(CheckpointError, match="class_cond is True, but the weights have no label_emb"):
+        guided_diffusion(state, planted.GUIDED["improved"])

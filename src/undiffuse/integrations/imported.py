@@ -12,6 +12,8 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError
 from undiffuse.nets import UNet
 
+_TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -44,10 +46,9 @@ def empty(arguments: Mapping[str, Any]) -> UNet:
         return UNet(**arguments)
 
 
-def flag(given: Any) -> bool:
+def flag(given: Any, name: str = "") -> bool:
     """A switch as command lines and files write it."""
-    if isinstance(given, bool):
-        return given
-    if str(given).lower() in ("true", "1", "yes", "false", "0", "no"):
-        return str(given).lower() in ("true", "1", "yes")
-    raise ArgumentError(f"'{given}': expected true or false")
+    word = str(given).lower()
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    raise ArgumentError(f"{name} '{given}': expected true or false".lstrip())
