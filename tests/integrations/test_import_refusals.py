@@ -1,11 +1,14 @@
 """What an import refuses, and what it says: settings that are wrong or unclear, values that are no weights."""
 
+import pickle
+
 import pytest
 import torch
 
 from integrations import planted
 from undiffuse.core.errors import ArgumentError, CheckpointError
 from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
+from undiffuse.integrations.reading import read_file
 
 
 def test_another_number_of_steps_asks_how_times_were_counted():
@@ -68,3 +71,37 @@ def test_labels_that_the_weights_have_not():
     state = {name: tensor for name, tensor in planted.weights("improved").items() if name != "label_emb.weight"}
     with pytest.raises(CheckpointError, match="class_cond is True, but the weights have no label_emb"):
         guided_diffusion(state, planted.GUIDED["improved"])
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "pointer of git-lfs"),
+        (b"\n<!DOCTYPE html><html>Not found</html>", "web page"),
+        (b"checkpoint\nof nothing\nand more\n", "it is text"),
+        (b"import os\nos.path\n", "it is text"),
+        (b"", "it is empty"),
+        (bytes(range(200, 250)) + bytes(50), "cannot be read"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_called_code(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_file(tmp_path / name)
+    assert "names code" not in str(caught.value)
+    assert "cannot be read" in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_code_is_recognised_in_every_protocol(protocol, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"ema": pytest.raises, "kind": print}, protocol))
+    with pytest.raises(CheckpointError, match="names code"):
+        read_file(tmp_path / "weights.pt")
+
+
+def test_a_truncated_pickle_of_plain_values_is_damaged(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"a": list(range(1000))}, 4)[:500])
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        read_file(tmp_path / "weights.pt")
+    assert "names code" not in str(caught.value)
