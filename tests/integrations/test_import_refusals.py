@@ -4,11 +4,15 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from integrations import planted
 from undiffuse.core.errors import ArgumentError, CheckpointError
+from undiffuse.integrations.diffusers import diffusers
+from undiffuse.integrations.edm import edm
 from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
-from undiffuse.integrations.reading import read_file
+from undiffuse.integrations.reading import import_weights, read_file
+from undiffuse.integrations.score_sde import score_sde
 
 
 def test_another_number_of_steps_asks_how_times_were_counted():
@@ -105,3 +109,87 @@ def test_a_truncated_pickle_of_plain_values_is_damaged(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         read_file(tmp_path / "weights.pt")
     assert "names code" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        [1.0],
+        None,
+        torch.eye(128, 32).to_sparse(),
+        torch.zeros(128, 32, dtype=torch.int64),
+        torch.zeros(128, 32, device="meta"),
+        torch.zeros(1, 1).expand(128, 32),
+        torch.zeros(1).expand(10**14),
+        torch.full((128, 32), torch.nan),
+        torch.full((128, 32), torch.inf),
+    ],
+    ids=["int", "list", "none", "sparse", "whole", "meta", "expanded", "huge", "nan", "inf"],
+)
+@pytest.mark.parametrize("name", ["time_embed.0.weight", "label_emb.weight"])
+def test_values_that_are_no_weights_are_named(name, value):
+    state = {**planted.weights("improved"), name: value}
+    with pytest.raises(CheckpointError, match=f"'{name}'.* dense tensor of finite numbers"):
+        guided_diffusion(state, planted.GUIDED["improved"])
+
+
+def test_half_precision_and_views_are_weights():
+    state = {name: tensor.half() for name, tensor in planted.weights("improved").items()}
+    state["time_embed.0.weight"] = state["time_embed.0.weight"].T.contiguous().T
+    assert guided_diffusion(state, planted.GUIDED["improved"]).weights["embedding.first.weight"].dtype == torch.float32
+
+
+def _edm(**changes):
+    kind, arguments = planted.EDM["edm-ddpmpp"]
+    return edm({"class": kind, "arguments": {**arguments, **changes}, "weights": planted.weights("edm-ddpmpp")})
+
+
+def _diffusers(**changes):
+    config = {**planted.DIFFUSERS["diffusers"], **changes}
+    return diffusers(
+        planted.weights("diffusers"), {key: value for key, value in config.items() if value != "absent"}, None
+    )
+
+
+def _song(**parts):
+    return score_sde({"model": planted.weights("ncsnpp"), **parts}, planted.SCORE_SDE["ncsnpp"][0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _edm(channel_mult=3), ArgumentError, "channel_mult=3: expected a list"),
+        (lambda: _edm(channel_mult=[]), ArgumentError, "channel_mult"),
+        (lambda: _edm(attn_resolutions=3), ArgumentError, "EDM's arguments"),
+        (lambda: _edm(encoder_type="none"), ArgumentError, "EDM's arguments"),
+        (lambda: edm({"class": [], "arguments": {}}), ArgumentError, "EDM's arguments"),
+        (lambda: edm({"class": "EDMPrecond", "arguments": []}), CheckpointError, "EDM's arguments: list"),
+        (lambda: edm({**_exported(), "weights": 3}), CheckpointError, "EDM's weights: int"),
+        (lambda: _diffusers(block_out_channels="absent"), ArgumentError, "config.json: there is no block_out_channels"),
+        (lambda: _diffusers(block_out_channels=32), ArgumentError, "block_out_channels=32"),
+        (lambda: _diffusers(sample_size="big"), ArgumentError, "config.json"),
+        (lambda: diffusers({}, planted.DIFFUSERS["diffusers"], []), CheckpointError, "scheduler_config.json: list"),
+        (lambda: _song(ema=[]), CheckpointError, "'ema': list"),
+        (lambda: _song(model=3), CheckpointError, "'model': int"),
+        (lambda: _song(ema={"shadow_params": 3}), CheckpointError, "shadow_params is a int"),
+        (lambda: _song(ema={"shadow_params": [3]}), CheckpointError, r"'shadow_params\.0' is a int"),
+        (lambda: _song(model={3: torch.zeros(1)}), CheckpointError, "the name 3 is no text"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def _exported():
+    kind, arguments = planted.EDM["edm-ddpmpp"]
+    return {"class": kind, "arguments": arguments}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000, "{"])
+def test_a_config_that_is_no_mapping(content, tmp_path):
+    save_file(planted.weights("diffusers"), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        import_weights(tmp_path)

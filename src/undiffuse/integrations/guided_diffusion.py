@@ -16,7 +16,7 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, CheckpointError, nearest
 from undiffuse.integrations.imported import Imported, empty, flag
-from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, layer, matrix
+from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, dense, layer, mapping, matrix
 from undiffuse.integrations.walk import Part, parts
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention, ResidualBlock
@@ -83,11 +83,18 @@ def guided_diffusion(state: Mapping[str, Tensor], flags: Mapping[str, Any] | Non
         ArgumentError: an unknown flag (the nearest is offered), or a setting that `UNet` has not.
         CheckpointError: weights of another architecture; names what is missing, unknown, or of another shape.
     """
+    what = "guided-diffusion's weights"
+    mapping(state, what)
+    for name in ("label_emb.weight", "input_blocks.0.0.weight"):  # their shapes are arguments
+        if name in state and dense(state[name], name, what).ndim < 2:
+            raise CheckpointError(
+                f"{what}: '{name}' has the shape {tuple(state[name].shape)}: expected two axes or more"
+            )
     options = _options(flags or {})
     arguments, path = _arguments(options, state), _path(options)
     net = empty(arguments)
     channels = arguments["shape"][0]
-    weights = apply(_rules(net, channels, options), state, net, "guided-diffusion's weights")
+    weights = apply(_rules(net, channels, options), state, net, what)
     learned = options["learn_sigma"]
     notes = ["the learned variances are left out"] if learned else []
     if options["class_cond"]:

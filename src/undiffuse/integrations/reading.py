@@ -18,6 +18,7 @@ from undiffuse.integrations.diffusers import diffusers
 from undiffuse.integrations.edm import EXPORT, edm
 from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
 from undiffuse.integrations.imported import Imported
+from undiffuse.integrations.rules import mapping
 from undiffuse.integrations.score_sde import CONFIGS, score_sde
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -161,6 +162,6 @@ def _folder(folder: Path) -> Imported:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        return dict(mapping(json.loads(file.read_text(encoding="utf-8")), str(file)))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON, or too deep: {error}") from error
