@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -142,3 +143,41 @@ def test_adopting_the_weights_of_another_network_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"last\.bias"):
         adopt("a", {"net": net, "prediction": "edm"}, found.path, weights, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("failing", ["save_checkpoint", "replace_file"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("before", ["absent", "empty"])
+def test_a_failed_write_leaves_nothing_behind(failing, error, before, tmp_path, monkeypatch):
+    found, place = import_weights(edm_file(tmp_path)), tmp_path / "runs" / "deep" / "run"
+    if before == "empty":
+        place.mkdir(parents=True)
+    module = sys.modules["undiffuse.recipes.adopt"]
+    real = getattr(module, failing)
+
+    def fail(*given, **named):
+        real(*given, **named)
+        raise error
+
+    monkeypatch.setattr(module, failing, fail)
+    arguments = ("a", {"net": {"name": "unet", **found.net}, "prediction": "edm"}, found.path, found.weights)
+    with pytest.raises(RunError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        adopt(*arguments, folder=place)
+    if isinstance(error, OSError):
+        assert "No space left on device. Nothing of it was left behind" in str(caught.value)
+    assert (list(place.iterdir()) == []) if before == "empty" else not (tmp_path / "runs").exists()
+    monkeypatch.undo()
+    assert adopt(*arguments, folder=place).checkpoints() == [0]
+
+
+def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    found, place = import_weights(edm_file(tmp_path)), tmp_path / "run"
+    module = sys.modules["undiffuse.recipes.adopt"]
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "replace_file", fail)
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *given, **named: None)
+    with pytest.raises(RunError, match="remove by hand: checkpoints"):
+        adopt("a", {"net": {"name": "unet", **found.net}, "prediction": "edm"}, found.path, found.weights, folder=place)

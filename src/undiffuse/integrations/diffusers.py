@@ -10,8 +10,8 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.integrations.guided_diffusion import with_no_label
-from undiffuse.integrations.imported import Imported, empty
-from undiffuse.integrations.rules import Rule, apply, cosines_first, layer, sines_first, stacked
+from undiffuse.integrations.imported import Imported, empty, settings, whole_numbers
+from undiffuse.integrations.rules import Rule, apply, cosines_first, layer, mapping, sines_first, stacked
 from undiffuse.integrations.walk import Part, parts
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention, ResidualBlock
@@ -73,7 +73,7 @@ def diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any], scheduler:
         ArgumentError: a setting that `UNet`, or a path of ours, has not.
         CheckpointError: weights of another architecture; names what is missing, unknown, or of another shape.
     """
-    options = {**_DEFAULTS, **config}
+    options = {**_DEFAULTS, **mapping(config, "config.json")}
     for key, allowed in _ONLY.items():
         if options[key] not in allowed:
             raise ArgumentError(f"UNet2DModel's {key} is {options[key]!r}: only {_listed(allowed)} can be imported")
@@ -84,11 +84,15 @@ def diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any], scheduler:
             f"UNet2DModel's attn_norm_num_groups is {groups}: only an attention normed in norm_num_groups = "
             f"{options['norm_num_groups']} groups, as the rest, can be imported"
         )
-    path, prediction, steps = _chain(scheduler or {})
-    arguments = _arguments(options, steps)
-    net = empty(arguments)
-    given = {_OLD.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name): tensor for name, tensor in state.items()}
-    weights = apply(_rules(net, bool(options["flip_sin_to_cos"])), given, net, "the weights of UNet2DModel")
+    with settings("scheduler_config.json"):
+        path, prediction, steps = _chain(mapping({} if scheduler is None else scheduler, "scheduler_config.json"))
+    with settings("config.json"):
+        arguments = _arguments(options, steps)
+    net, what = empty(arguments), "the weights of UNet2DModel"
+    given = {
+        _OLD.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name): tensor for name, tensor in mapping(state, what).items()
+    }
+    weights = apply(_rules(net, bool(options["flip_sin_to_cos"])), given, net, what)
     notes = () if scheduler else ("there was no scheduler: DDPM's linear chain and predicted noise are assumed",)
     return Imported(arguments, path, prediction, weights, notes=notes)
 
@@ -116,7 +120,7 @@ def _chain(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], str, int]:
 
 def _arguments(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The arguments of `UNet`."""
-    widths = [int(w) for w in options["block_out_channels"]]
+    widths = whole_numbers(options["block_out_channels"], "block_out_channels")
     if any(w % widths[0] for w in widths):
         raise ArgumentError(f"block_out_channels={widths}: expected multiples of the first")
     size, channels = options.get("sample_size"), int(options["in_channels"])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, nearest
-from undiffuse.integrations.imported import Imported, empty
-from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, layer, matrix, sines_first
+from undiffuse.integrations.imported import Imported, empty, settings, whole_numbers
+from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, layer, mapping, matrix, sines_first
 from undiffuse.integrations.walk import Part, parts
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention, ResidualBlock
@@ -73,15 +73,17 @@ def edm(exported: Mapping[str, Any]) -> Imported:
         ArgumentError: another preconditioning or argument than theirs; the nearest is offered.
         CheckpointError: weights of another architecture; names what is missing, unknown, or of another shape.
     """
-    outside, given = _arguments(exported)
-    arguments = _net(outside, given)
-    state = {key.removeprefix("model."): tensor for key, tensor in exported["weights"].items()}
+    with settings("EDM's arguments"):
+        outside, given = _arguments(exported)
+        arguments = _net(outside, given)
+        path, prediction = _reading(exported["class"], outside)
+    given_state = mapping(exported.get("weights"), "EDM's weights")
+    state = {key.removeprefix("model."): tensor for key, tensor in given_state.items()}
     net = empty(arguments)
     # Filters of their resampling, and the embedding of augmentations, which is 0 for an image that is not augmented.
     unused = [key for key in state if key.endswith("resample_filter") or key == "map_augment.weight"]
     song = outside["model_type"] == "SongUNet"
     weights = apply(_rules(net, song), state, net, f"EDM's {outside['model_type']}", unused)
-    path, prediction = _reading(exported["class"], outside)
     if prediction == "noise-unscaled":  # theirs is -noise
         answers = ("last.", *[f"outputs.{i}.conv." for i in range(len(net.outputs))])
         weights |= {key: -tensor for key, tensor in weights.items() if key.startswith(answers)}
@@ -96,7 +98,7 @@ def _arguments(exported: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         raise ArgumentError(
             f"EDM's preconditioning '{kind}': expected {', '.join(_OUTSIDE)}.{nearest(str(kind), _OUTSIDE)}"
         )
-    given = dict(exported.get("arguments", {}))
+    given = dict(mapping(exported.get("arguments", {}), "EDM's arguments"))
     outside = {**_SHARED, **_OUTSIDE[kind], **{k: v for k, v in given.items() if k in {**_SHARED, **_OUTSIDE[kind]}}}
     if outside["model_type"] not in _NETS:
         raise ArgumentError(f"model_type '{outside['model_type']}': expected {', '.join(_NETS)}")
@@ -113,7 +115,7 @@ def _arguments(exported: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _net(outside: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `UNet`."""
     size, width = int(outside["img_resolution"]), int(given["model_channels"])
-    multipliers = [int(m) for m in given["channel_mult"]]
+    multipliers = whole_numbers(given["channel_mult"], "channel_mult")
     shared = {
         "shape": [int(outside["img_channels"]), size, size],
         "width": width,

@@ -6,6 +6,7 @@ half of the output channels, are dropped: the mean, and with it every quantity o
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse.core.errors import ArgumentError, nearest
+from undiffuse.core.errors import ArgumentError, CheckpointError, nearest
 from undiffuse.integrations.imported import Imported, empty, flag
-from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, layer, matrix
+from undiffuse.integrations.rules import Rule, apply, by_head, cosines_first, dense, layer, mapping, matrix
 from undiffuse.integrations.walk import Part, parts
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention, ResidualBlock
@@ -61,7 +62,10 @@ def read_flags(line: str) -> dict[str, Any]:
     Raises:
         ArgumentError: not of that form.
     """
-    words = [part for word in shlex.split(line) for part in word.split("=", 1)]
+    try:
+        words = [part for word in shlex.split(line) for part in word.split("=", 1)]
+    except ValueError as error:  # a quote that is not closed
+        raise ArgumentError(f"flags '{line}': {error}; expected pairs such as '--image_size 64'") from error
     names, values = words[::2], words[1::2]
     if len(words) % 2 or not all(name.startswith("--") for name in names):
         raise ArgumentError(f"flags '{line}': expected pairs such as '--image_size 64 --class_cond True'")
@@ -79,19 +83,26 @@ def guided_diffusion(state: Mapping[str, Tensor], flags: Mapping[str, Any] | Non
         ArgumentError: an unknown flag (the nearest is offered), or a setting that `UNet` has not.
         CheckpointError: weights of another architecture; names what is missing, unknown, or of another shape.
     """
+    what = "guided-diffusion's weights"
+    mapping(state, what)
+    for name in ("label_emb.weight", "input_blocks.0.0.weight"):  # their shapes are arguments
+        if name in state and dense(state[name], name, what).ndim < 2:
+            raise CheckpointError(
+                f"{what}: '{name}' has the shape {tuple(state[name].shape)}: expected two axes or more"
+            )
     options = _options(flags or {})
     arguments, path = _arguments(options, state), _path(options)
     net = empty(arguments)
     channels = arguments["shape"][0]
-    weights = apply(_rules(net, channels, options), state, net, "guided-diffusion's weights")
-    learned = flag(options["learn_sigma"])
+    weights = apply(_rules(net, channels, options), state, net, what)
+    learned = options["learn_sigma"]
     notes = ["the learned variances are left out"] if learned else []
-    if flag(options["class_cond"]):
+    if options["class_cond"]:
         notes.append("it was trained with labels only: label -1 (no label) gives samples of no meaning")
     return Imported(
         arguments,
         path,
-        "data" if flag(options["predict_xstart"]) else "noise",
+        "data" if options["predict_xstart"] else "noise",
         weights,
         notes=tuple(notes),
     )
@@ -101,47 +112,77 @@ def _options(flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in flags:
         if name not in FLAGS and name not in _OF_NO_MATTER:
             raise ArgumentError(f"unknown flag '{name}'.{nearest(name, FLAGS)} Known: {', '.join(FLAGS)}.")
-    return {**FLAGS, **flags}
+    options = {name: _typed(name, flags.get(name, default)) for name, default in FLAGS.items()}
+    if "rescale_timesteps" not in flags and options["diffusion_steps"] != 1000:
+        raise ArgumentError(
+            f"diffusion_steps={options['diffusion_steps']} without rescale_timesteps, whose default is True in "
+            "improved-diffusion and False in guided-diffusion: add --rescale_timesteps True or False"
+        )
+    return options
+
+
+def _typed(name: str, given: Any) -> Any:
+    """A flag's value, of its default's type."""
+    kind = type(FLAGS[name])
+    if kind is bool:
+        return flag(given, name)
+    if kind is str:
+        return str(given)
+    [value] = _numbers(name, str(given), kind)
+    if kind is int and value < 1 and FLAGS[name] != -1:
+        raise ArgumentError(f"{name}={given}: expected 1 or more")
+    return value
+
+
+def _numbers(name: str, given: str, kind: type) -> list[Any]:
+    """Numbers with commas between them."""
+    try:
+        return [kind(number) for number in (given.split(",") if isinstance(FLAGS[name], str) else [given])]
+    except ValueError as error:
+        expected = "a whole number" if kind is int else "a number"
+        some = ", or several with commas between them" if isinstance(FLAGS[name], str) else ""
+        raise ArgumentError(f"{name}={given}: expected {expected}{some}") from error
 
 
 def _arguments(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of `UNet`."""
-    size, width = int(options["image_size"]), int(options["num_channels"])
-    steps = int(options["diffusion_steps"])
-    given = str(options["channel_mult"])
-    multipliers = [float(m) for m in given.split(",")] if given else _MULTIPLIERS.get(size)
+    size, width, steps = options["image_size"], options["num_channels"], options["diffusion_steps"]
+    given = options["channel_mult"]
+    multipliers = _numbers("channel_mult", given, float) if given else _MULTIPLIERS.get(size)
     if multipliers is None:
         raise ArgumentError(f"image_size={size} has no multipliers of its own: give channel_mult, such as 1,2,2,2")
-    first = round(width * multipliers[0])
-    relative = [width * m / first for m in multipliers]
-    if any(m != int(m) for m in relative):
+    first = round(width * multipliers[0]) if 0 < multipliers[0] < math.inf else 0
+    relative = [width * m / max(first, 1) for m in multipliers]
+    if not first or any(m < 1 or m % 1 for m in relative):
         raise ArgumentError(f"channel_mult={multipliers}: expected multiples of the first")
-    if int(options["num_heads_upsample"]) not in (-1, int(options["num_heads"])):
+    if options["num_heads_upsample"] not in (-1, options["num_heads"]):
         raise ArgumentError("num_heads_upsample: expected as many heads on the way up as on the way down")
-    heads, head_width = int(options["num_heads"]), int(options["num_head_channels"])
-    resolutions = [int(r) for r in str(options["attention_resolutions"]).split(",")]
-    labels = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None
-    counted = 1000.0 if flag(options["rescale_timesteps"]) else float(steps)
+    heads, head_width = options["num_heads"], options["num_head_channels"]
+    resolutions = _numbers("attention_resolutions", options["attention_resolutions"], int)
+    if options["class_cond"] and "label_emb.weight" not in state:
+        raise CheckpointError("class_cond is True, but the weights have no label_emb.weight: expected class_cond False")
+    labels = state["label_emb.weight"].shape[0] if options["class_cond"] else None
+    counted = 1000.0 if options["rescale_timesteps"] else float(steps)
     return {
         "shape": [state["input_blocks.0.0.weight"].shape[1] if "input_blocks.0.0.weight" in state else 3, size, size],
         "width": first,
         "multipliers": [int(m) for m in relative],
-        "blocks": int(options["num_res_blocks"]),
+        "blocks": options["num_res_blocks"],
         "attention": [r for r in resolutions if r in [size >> i for i in range(len(relative))]],
         **({"heads": heads} if head_width == -1 else {"head_width": head_width}),
-        "num_classes": labels if flag(options["class_cond"]) else None,
+        "num_classes": labels,
         "late_condition": True,
         **sinusoids(width, endpoint=False, scale=counted, offset=-1 / steps),
         "embedding_width": 4 * width,
-        "modulation": "scale-shift" if flag(options["use_scale_shift_norm"]) else "shift",
-        "resample": "block" if flag(options["resblock_updown"]) else "conv",
+        "modulation": "scale-shift" if options["use_scale_shift_norm"] else "shift",
+        "resample": "block" if options["resblock_updown"] else "conv",
         "norm_groups": 32,
-        "dropout": float(options["dropout"]),
+        "dropout": options["dropout"],
     }
 
 
 def _path(options: Mapping[str, Any]) -> dict[str, Any]:
-    steps = int(options["diffusion_steps"])
+    steps = options["diffusion_steps"]
     if options["noise_schedule"] == "linear":
         return {"name": "tabulated-betas", "levels": steps, "first": 0.1 / steps, "last": 20 / steps}
     if options["noise_schedule"] == "cosine":
@@ -150,7 +191,7 @@ def _path(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rules(net: UNet, channels: int, options: Mapping[str, Any]) -> list[Rule]:
-    order = "3hd" if flag(options["use_new_attention_order"]) else "h3d"
+    order = "3hd" if options["use_new_attention_order"] else "h3d"
     rules = layer("embedding.first", "time_embed.0", cosines_first) + layer("embedding.second", "time_embed.2")
     if net.embedding.label is not None:
         rules.append(Rule("embedding.label.table.weight", ("label_emb.weight",), with_no_label))

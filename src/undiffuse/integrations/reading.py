@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from undiffuse.integrations.diffusers import diffusers
 from undiffuse.integrations.edm import EXPORT, edm
 from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
 from undiffuse.integrations.imported import Imported
+from undiffuse.integrations.rules import mapping
 from undiffuse.integrations.score_sde import CONFIGS, score_sde
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What opening a damaged file can raise.
+_DAMAGES = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 def import_weights(place: str | Path, *, config: str | None = None, flags: str | None = None) -> Imported:
@@ -74,13 +78,60 @@ def read_file(file: Path) -> Any:
         try:
             return load_file(file)
         except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+            raise CheckpointError(f"{file} cannot be read as safetensors{_instead(file)}: {error}") from error
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file} is {_refused(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read (truncated, altered, or no checkpoint): {error}") from error
+    except (*_DAMAGES, pickle.UnpicklingError) as error:
+        if isinstance(error, pickle.UnpicklingError) and _names_code(file, str(error)):
+            raise CheckpointError(f"{file} is {_refused(error)}") from error
+        what = f"{file} cannot be read (truncated, altered, or no checkpoint){_instead(file)}"
+        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+
+
+def _names_code(file: Path, said: str) -> bool:
+    """Whether a pickle was refused for what it names, rather than because it is damaged. Nothing of it is run."""
+    codes, names = _codes(file), {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
+    with open(file, "rb") as stream:
+        head = stream.read(2)
+    if head != b"PK" and head[:1] != b"\x80":  # any text may begin like an old pickle: it counts when it ends as one
+        return bool(names & codes) and "STOP" in codes
+    return bool(names & codes) or "Unsupported global" in said or "Unsupported class" in said
+
+
+def _codes(file: Path) -> set[str]:
+    """The kinds of instructions of a pickle, up to its end or its first fault."""
+    found = set()
+    with open(file, "rb") as stream:
+        try:
+            for code, _, _ in pickletools.genops(stream):
+                found.add(code.name)
+        except Exception:  # anything can be wrong in a file that is no pickle
+            pass
+    return found
+
+
+def _text(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        head = stream.read(512)
+    return all(byte in b"\t\n\r" or 32 <= byte < 127 or byte > 127 for byte in head)
+
+
+def _instead(file: Path) -> str:
+    """What a damaged file is, where its first bytes say so."""
+    with open(file, "rb") as stream:
+        head = stream.read(512).lstrip()
+    if not head:
+        return ", it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return ", it is a pointer of git-lfs: get the file itself with 'git lfs pull'"
+    if head.startswith(b"<"):
+        return ", it is a web page: download the file itself"
+    return ", it is text" if _text(file) else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _refused(error: Exception) -> str:
@@ -111,6 +162,6 @@ def _folder(folder: Path) -> Imported:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        return dict(mapping(json.loads(file.read_text(encoding="utf-8")), str(file)))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON, or too deep: {error}") from error

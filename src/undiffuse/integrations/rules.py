@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,20 +88,62 @@ def apply(
         unused: their names that may be there for nothing.
 
     Raises:
-        CheckpointError: missing and unknown names, nearest first; or a tensor of another shape.
+        CheckpointError: missing and unknown names, nearest first; a tensor of another shape, or a value that is none.
     """
+    mapping(given, what)
     wanted = {name for rule in rules for name in rule.theirs}
     missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted - set(unused))
     if missing or unknown:
         raise CheckpointError(f"{what}: {_differences(missing, unknown)} Is it of this architecture?")
-    made = {rule.ours: rule.make(*[given[name].float() for name in rule.theirs]).contiguous() for rule in rules}
-    for name, tensor in net.state_dict().items():
-        if made[name].shape != tensor.shape:
-            sources = next(rule.theirs for rule in rules if rule.ours == name)
-            raise CheckpointError(
-                f"{what}: '{sources[0]}' gives {tuple(made[name].shape)} where this network's {name} is "
-                f"{tuple(tensor.shape)}: expected the weights of the architecture that was named"
-            )
+    for name in sorted(wanted):
+        dense(given[name], name, what)
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    return {rule.ours: _made(rule, given, expected[rule.ours], what) for rule in rules}
+
+
+def mapping(given: Any, what: str) -> Mapping[str, Any]:
+    """A mapping of names.
+
+    Raises:
+        CheckpointError: something else.
+    """
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{what}: {type(given).__name__}, where a mapping of names was expected")
+    odd = next((name for name in given if not isinstance(name, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"{what}: the name {odd!r} is no text")
+    return given
+
+
+def dense(value: Any, name: str, what: str) -> Tensor:
+    """A tensor of finite numbers, each with a place of its own: as large as its file, whatever its shape says.
+
+    Raises:
+        CheckpointError: something else; names it.
+    """
+    expected = "where a dense tensor of finite numbers was expected"
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{what}: '{name}' is a {type(value).__name__}, {expected}")
+    if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
+        kind = f"{value.dtype} of layout {value.layout} on {value.device}"
+        raise CheckpointError(f"{what}: '{name}' is {kind}, {expected}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{what}: '{name}' repeats few numbers in the shape {tuple(value.shape)}, {expected}")
+    if not value.float().isfinite().all():
+        raise CheckpointError(f"{what}: '{name}' has infinities or NaN, {expected}")
+    return value
+
+
+def _made(rule: Rule, given: Mapping[str, Tensor], expected: tuple[int, ...], what: str) -> Tensor:
+    """One tensor of ours, of the shape that is expected."""
+    sources = ", ".join(f"'{name}' of shape {tuple(given[name].shape)}" for name in rule.theirs)
+    wrong = f"where this network's {rule.ours} is {expected}: expected the weights of the architecture that was named"
+    try:
+        made = rule.make(*[given[name].float() for name in rule.theirs]).contiguous()
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{what}: {sources} does not fit {wrong}") from error
+    if made.shape != expected:
+        raise CheckpointError(f"{what}: {sources} gives {tuple(made.shape)} {wrong}")
     return made
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from undiffuse.core.errors import CheckpointError, choose
 from undiffuse.integrations.imported import Imported, empty
-from undiffuse.integrations.rules import Rule, apply, layer, sines_first, stacked
+from undiffuse.integrations.rules import Rule, apply, dense, layer, mapping, sines_first, stacked
 from undiffuse.integrations.walk import Part, parts
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import ResidualBlock
@@ -101,19 +101,26 @@ def score_sde(checkpoint: Mapping[str, Any], config: str, **changes: Any) -> Imp
 
 def _state(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Their state dict, and which weights it has."""
-    model = checkpoint.get("model", checkpoint)
+    what = "score_sde's checkpoint"
+    model = mapping(mapping(checkpoint, what).get("model", checkpoint), f"{what}, 'model'")
     state = {key.removeprefix("module."): tensor for key, tensor in model.items()}
-    shadow = checkpoint.get("ema", {}).get("shadow_params")
-    if not shadow:
+    ema = mapping(checkpoint.get("ema", {}), f"{what}, 'ema'")
+    shadow = ema.get("shadow_params")
+    if shadow is None or (isinstance(shadow, list) and not shadow):
         return state, "the last ones (there is no moving average)"
     # The average is a list of the trainable parameters, in the order of the state dict.
     trained = [key for key in state if key not in ("sigmas", "all_modules.0.W")]
+    if not isinstance(shadow, (list, tuple)):
+        raise CheckpointError(f"{what}, 'ema': shadow_params is a {type(shadow).__name__}, where a list was expected")
+    for name, tensors in (("shadow_params", dict(enumerate(shadow))), ("model", {key: state[key] for key in trained})):
+        for key, tensor in tensors.items():
+            dense(tensor, f"{name}.{key}", what)
     if [state[key].shape for key in trained] != [tensor.shape for tensor in shadow]:
         raise CheckpointError(
             f"score_sde's moving average has {len(shadow)} tensors, which are not those of its {len(trained)} trained "
             'parameters: import the last weights, checkpoint["model"], instead'
         )
-    return state | dict(zip(trained, shadow)), f"the moving average of rate {checkpoint['ema'].get('decay', 'unknown')}"
+    return state | dict(zip(trained, shadow)), f"the moving average of rate {ema.get('decay', 'unknown')}"
 
 
 def _answers(net: UNet) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,45 @@ def adopt(
         empty = make(NETS, recipe.settings.model.net, "network", "model.net")
         restore_module(empty, {key: tensor.to("meta") for key, tensor in weights.items()}, place)
     state = {f"net.{key}": tensor for key, tensor in weights.items()}
-    with disk_errors(f"{place}", "Nothing was changed"), locked(place):
+    with disk_errors(f"{place}", "Nothing of it was left behind"), _whole_or_nothing(place):
         save_checkpoint(place, 0, {"model": state}, {"imported": origin}, keep=1)
         replace_file(place / "recipe.yaml", recipe.to_yaml().encode())
     return Run(place, recipe)
+
+
+@contextmanager
+def _whole_or_nothing(place: Path) -> Iterator[None]:
+    """Hold an empty or new folder; where what is written in it fails, remove that, and the folders that were made.
+
+    Raises:
+        RunError: another process holds or fills it; or something could not be removed: says what is left.
+    """
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    try:
+        with locked(place):
+            if any(file.name != ".lock" for file in place.iterdir()):
+                made = []
+                raise RunError(f"{place} is being filled by another process: give another run folder")
+            try:
+                yield
+            except BaseException as error:
+                left = _emptied(place)
+                if left:
+                    raise RunError(f"could not write {place}: {error}. Left in it, remove by hand: {left}") from error
+                raise
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it has something of another's in it
+                folder.rmdir()
+        raise
+
+
+def _emptied(place: Path) -> str:
+    """Remove all that is in a folder; the names that could not be."""
+    for entry in place.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink()
+    return ", ".join(sorted(entry.name for entry in place.iterdir()))
