@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import undiffuse as ud
 from recipes.tiny import image_folder, overrides, pixels, png
+from undiffuse.cli.pictures import inpainting, nearest_within
+from undiffuse.inference import ChannelMix
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +60,38 @@ def test_super_resolution_keeps_the_means_of_blocks(image_run, command, tmp_path
     overview = read("out/overview.png")
     scale = 64 // 8
     assert np.array_equal(overview[: 8 * scale : 2 * scale, : 8 * scale : 2 * scale], given)
-    assert read("out/small-5.png").shape == (8, 8)
+    got = read("out/small-5.png")
+    assert np.ptp(got) == 255  # some values were cut off,
+    assert np.abs(got.reshape(4, 2, 4, 2).mean((1, 3)) - given).max() <= 0.5 + 1e-6  # and the means are kept
 
 
 def test_colourisation_keeps_the_mean_of_the_channels(colour_run, command, tmp_path):
-    given = saved(tmp_path / "grey.png", (16, 16)) // 4 + 96  # mid-greys, so that colours are not cut off
-    (tmp_path / "grey.png").write_bytes(png(given))
+    given = saved(tmp_path / "grey.png", (16, 16))  # from black to white: colours are cut off
     done = command("edit", colour_run.folder, "colourise", "grey.png", *FEW, "--resample", 2, "--solver", "heun")
     assert done.exit_code == 0, done.stderr
     got = read("out/grey-5.png")
-    inside = ((got > 0) & (got < 255)).all(2)
-    assert inside.mean() > 0.05
-    assert np.abs(got.mean(2) - given)[inside].max() <= 0.5 + 1e-6
+    assert ((got == 0) | (got == 255)).any(2).mean() > 0.1
+    assert np.abs(got.mean(2) - given).max() <= 0.5 + 1e-6
     assert np.ptp(got, axis=2).max() > 20  # there is colour
+
+
+def test_the_nearest_picture_with_given_means():
+    """Against the projection in closed form: of (2, 0.5, 0) on a mean of 0.7, and of one that is inside."""
+    mix = ChannelMix((1 / 3, 1 / 3, 1 / 3))
+    x = torch.tensor([[2.0, 0.5, 0.0], [0.4, 0.2, 0.0]]).reshape(2, 3, 1, 1)
+    got = nearest_within(x, torch.tensor([0.7, 0.2]).reshape(2, 1, 1, 1), mix.mixed, mix.lifted)
+    wanted = torch.tensor([[1.0, 0.8, 0.3], [0.4, 0.2, 0.0]], dtype=torch.float64)
+    assert torch.allclose(got[..., 0, 0], wanted, atol=1e-7)
+
+
+def test_what_is_clear_in_a_mask_is_black(tmp_path):
+    saved(tmp_path / "a.png", (8, 8))
+    mask = np.full((8, 8, 4), 255, np.uint8)
+    mask[:, :3, 3] = 0  # clear white
+    mask[:, 3:5, :3] = 0  # opaque black
+    Image.fromarray(mask, "RGBA").save(tmp_path / "mask.png")
+    kept = inpainting([tmp_path / "a.png"], (1, 8, 8), tmp_path / "mask.png", None).more[0]
+    assert kept[0, 0].tolist() == [False] * 5 + [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -91,6 +113,8 @@ def test_colourisation_keeps_the_mean_of_the_channels(colour_run, command, tmp_p
         (["super-resolve", "small.png", "--n", 0], 2, "at least 1"),
         (["super-resolve", "small.png", "--resample", 0], 2, "resample is 0"),
         (["super-resolve", "small.png", "--out", "x.png"], 2, "expected a folder"),
+        (["inpaint", "x-0.png", "--out", ".", "--mask", "overview.png"], 2, "written over overview.png"),
+        (["inpaint", "x-3.png", "x.png", "--out", ".", "--box", "0,0,4,4"], 2, "written over x-3.png"),
         (["super-resolve", "small.png", "--solver", "langevin"], 2, "langevin"),
         (["super-resolve", "small.png", "--label", 10], 2, "label 10"),
     ],

@@ -144,3 +144,12 @@ def test_wrong_arguments_are_explained():
         ud.GaussianMixture(torch.zeros(2, 2), torch.ones(2), labels=torch.tensor([0, 2])).classifier(path)
     with pytest.raises(ArgumentError, match=r"labels 0 \.\.\. K - 1"):
         ud.GaussianMixture(torch.zeros(2, 2), torch.ones(2)).classifier(path)
+
+
+def test_it_works_in_inference_mode():
+    path = PATHS["vp"]
+    x, t, labels = states(path)
+    model, wanted = guided(path), guided(path)(x, t, labels)
+    with torch.inference_mode():
+        assert torch.equal(model(x, t, labels), wanted)
+        assert torch.equal(model(x + 0, t + 0, labels + 0), wanted)  # made there

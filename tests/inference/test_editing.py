@@ -233,3 +233,10 @@ def test_wrong_arguments_are_explained():
         ud.inpaint(field, x, MASK, resample=0)
     with pytest.raises(ArgumentError, match="unknown solver 'langevin'"):
         ud.inpaint(field, x, MASK, solver="langevin")
+
+
+def test_minus_zero_is_kept_bit_for_bit():
+    law = ud.GaussianMixture(torch.zeros(1, 4, dtype=F64), torch.ones(1, dtype=F64))
+    image, mask = torch.tensor([[-0.0, 0.0, 9.0, 9.0]], dtype=F64), torch.tensor([True, True, False, False])
+    x = ud.inpaint(law.denoiser(ud.VP()), image, mask, steps=3, seed=0)
+    assert torch.equal(x[:, :2].view(torch.int64), image[:, :2].view(torch.int64))

@@ -174,6 +174,36 @@ def test_one_step_of_the_grid_goes_through_all_levels():
     assert result.distance < result.quantile
 
 
+@pytest.mark.parametrize("path", ["linear", "cosine", "trig"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_what_a_network_says_of_pure_noise_may_vary(path, steps):
+    """Out of alpha = 0 no half of a step has a smaller error; the law is still that of the data."""
+    path = PATHS[path]
+    exact = gaussian().denoiser(path)
+
+    class Wrong(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return exact(x_t, t) + 0.03 * torch.tanh(x_t)
+
+    assert torch.isfinite(
+        sample(Wrong(path), (8, *gaussian().flat_mean.shape), solver="adaptive-sde", steps=steps, seed=0, dtype=F64)
+    ).all()
+    x = sample(
+        exact, (4000, *gaussian().flat_mean.shape), solver=AdaptiveSDE(0.0, 0.005), steps=steps, seed=1, dtype=F64
+    )
+    assert torch.allclose(x.var(0) / gaussian().variances, torch.ones(()).double(), atol=5 * (2 / 4000) ** 0.5)
+
+
+def test_the_step_out_of_pure_noise_is_ddim_s():
+    path, x = Linear(), numbers(5, 2)
+    bound = Bound(mixture().denoiser(path))
+    noise = StreamNoise(Streams.of(3, 5), (5, 2), F64, torch.device("cpu"))
+    end = torch.tensor([1.0, 0.9995], dtype=F64)
+    moved, _ = INFINITE.step(bound, x, end[0], end[1], INFINITE.init(bound, x, end[0]), noise)
+    assert torch.allclose(moved, 0.0005 * bound(x, end[0]) + 0.9995 * x, rtol=0, atol=1e-12)
+    assert not torch.allclose(moved, 0.9995 * x, rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_done_is_said():
     class Rough(Denoiser):
         def forward(self, x_t, t, cond=None):

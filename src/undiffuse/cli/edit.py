@@ -30,14 +30,16 @@ def edit(
     task: Annotated[str, typer.Argument(metavar="TASK", help="inpaint, colourise or super-resolve.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
     mask: Annotated[
-        Path | None, typer.Option(help="For inpaint: a picture, white where IMAGE is kept, black where not.")
+        Path | None, typer.Option(help="For inpaint: a picture, white where IMAGE is kept, black or clear where not.")
     ] = None,
     box: Annotated[
         str | None, typer.Option(help="For inpaint: what is filled in, x0,y0,x1,y1 in pixels.", metavar="BOX")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Results for each picture.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of each picture's first result; the next has the next.")] = 0,
-    resample: Annotated[int, typer.Option(help="Times that each step is made; more is slower and fits better.")] = 1,
+    resample: Annotated[
+        int, typer.Option(help="Times that each step which ends in noise is made; more is slower and fits better.")
+    ] = 1,
     label: Annotated[
         int | None,
         typer.Option(help="Class of all results, -1 for none. Needed where the model never saw data without one."),
@@ -56,8 +58,9 @@ def edit(
 ) -> None:
     """Fill in, colour or enlarge pictures with a model that was trained on whole ones.
 
-    What is known of a picture is kept exactly: the pixels under the mask, the mean of the channels, the means of the
-    blocks. Results are DIR/NAME-SEED.png, and overview.png has a row for each picture: what is known, then its results.
+    What is known of a picture is kept: the pixels under the mask bit for bit; the mean of the channels or the means of
+    the blocks up to the rounding of a file, after the smallest change that leaves no value beyond black and white.
+    Results are DIR/NAME-SEED.png, and overview.png has a row for each picture: what is known, then its results.
 
     \b
     Examples:
@@ -66,7 +69,7 @@ def edit(
       undiffuse edit cifar10 colourise grey.png --label 3
       undiffuse edit runs/faces super-resolve small.png --out large
     """
-    stems = _check(images, n, seed, out)
+    stems = _check(images, mask, n, seed, out)
     from undiffuse.cli.drawing import How, Model
     from undiffuse.recipes import load_run
 
@@ -87,7 +90,7 @@ def edit(
     screen.result({"run": str(model.run.folder), "out": str(folder), "files": [str(f) for f in files]} | settings)
 
 
-def _check(images: Sequence[Path], n: int, seed: int, out: Path | None) -> list[str]:
+def _check(images: Sequence[Path], mask: Path | None, n: int, seed: int, out: Path | None) -> list[str]:
     """The names of the results."""
     if n < 1 or not 0 <= seed < 2**63 - n:
         raise ArgumentError(f"--n {n} --seed {seed}: expected at least 1, and a seed of at least 0")
@@ -97,6 +100,12 @@ def _check(images: Sequence[Path], n: int, seed: int, out: Path | None) -> list[
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise ArgumentError(f"two pictures are called {twice[0]}, and so would their results: edit them one by one")
+    if out is not None:
+        names = {"overview.png"} | {f"{stem}-{seed + i}.png" for stem in stems for i in range(n)}
+        written = {(out / name).resolve() for name in names}
+        lost = [file for file in [*images, *([] if mask is None else [mask])] if file.resolve() in written]
+        if lost:
+            raise ArgumentError(f"--out {out}: a result would be written over {lost[0]}; give another folder")
     return stems
 
 

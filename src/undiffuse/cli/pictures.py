@@ -14,8 +14,9 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError, DataError
 from undiffuse.data.dataset import to_float
 from undiffuse.data.images import Decoder, Unreadable
-from undiffuse.inference import colourise, inpaint, super_resolve
+from undiffuse.inference import BlockMeans, ChannelMix, colourise, inpaint, super_resolve
 
+_BISECTIONS = 50
 WHITE = 0.0  # in [-1, 1]: a mask's pixel above it counts as white
 
 
@@ -61,15 +62,37 @@ class Task:
         known: the tensor with a row for each picture that is its second argument.
         more: the arguments after it.
         given: what is known, as pictures (B, C, H, W) of the model's shape.
+        means: of a picture, where they are what is known, and
+        lifted: each of them on all of its pixels.
     """
 
     edit: Callable[..., Tensor]
     known: Tensor
     more: tuple[Any, ...]
     given: Tensor
+    means: Callable[[Tensor], Tensor] | None = None
+    lifted: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, denoiser: Any, rows: Tensor, **options: Any) -> Tensor:
-        return self.edit(denoiser, self.known[rows], *self.more, **options)
+        x = self.edit(denoiser, self.known[rows], *self.more, **options)
+        if self.means is None or self.lifted is None:
+            return x
+        return nearest_within(x, self.known[rows], self.means, self.lifted)
+
+
+def nearest_within(x: Tensor, wanted: Tensor, means: Callable[..., Tensor], lifted: Callable[..., Tensor]) -> Tensor:
+    """The nearest pictures in [-1, 1] with those means: `clamp(x + c)`, c of each group by bisection.
+
+    A file clamps what is beyond [-1, 1], and means would not survive that.
+    """
+    wide = x.detach().to("cpu", torch.float64)
+    wanted = wanted.to(wide)
+    low, high = torch.full_like(wanted, -1 - float(wide.max())), torch.full_like(wanted, 1 - float(wide.min()))
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        below = means((wide + lifted(middle)).clamp(-1, 1)) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (wide + lifted(0.5 * (low + high))).clamp(-1, 1)
 
 
 def inpainting(files: Sequence[Path], shape: Sequence[int], mask: Path | None, box: str | None) -> Task:
@@ -81,7 +104,7 @@ def inpainting(files: Sequence[Path], shape: Sequence[int], mask: Path | None, b
     if box is not None:
         kept = _outside(box, height, width)
     else:
-        kept = read_all([mask], 1, _exactly(height, width))[0] > WHITE  # type: ignore[list-item]
+        kept = _mask(mask, height, width)  # type: ignore[arg-type]
     return Task(inpaint, images, (kept,), torch.where(kept, images, torch.zeros_like(images)))
 
 
@@ -91,7 +114,8 @@ def colourisation(files: Sequence[Path], shape: Sequence[int]) -> Task:
     if channels != 3:
         raise ArgumentError(f"colourise needs a model of colour pictures; this one has {channels} channels")
     grey = read_all(files, 3, _exactly(height, width)).mean(1, keepdim=True)
-    return Task(colourise, grey, (), grey.expand(-1, 3, -1, -1))
+    mix = ChannelMix((1 / 3, 1 / 3, 1 / 3))
+    return Task(colourise, grey, (), grey.expand(-1, 3, -1, -1), mix.mixed, mix.lifted)
 
 
 def super_resolution(files: Sequence[Path], shape: Sequence[int]) -> Task:
@@ -105,8 +129,15 @@ def super_resolution(files: Sequence[Path], shape: Sequence[int]) -> Task:
 
     small = read_all(files, channels, wanted)
     factor = height // small.shape[2]
-    given = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return Task(super_resolve, small, (factor,), given)
+    blocks = BlockMeans(factor)
+    return Task(super_resolve, small, (factor,), blocks.lifted(small), blocks.means, blocks.lifted)
+
+
+def _mask(file: Path, height: int, width: int) -> Tensor:
+    """True where the picture is white, (1, H, W); what is transparent counts as black."""
+    colours = read_all([file], 4, _exactly(height, width))[0]
+    white = read_all([file], 1, _exactly(height, width))[0]  # its transparency laid over white
+    return (white > WHITE) & (colours[3:] > WHITE)
 
 
 def _exactly(height: int, width: int) -> Callable[[int, int], str | None]:

@@ -94,7 +94,11 @@ class ClassifierGuidance(Denoiser):
     def pull(self, x_t: Event, t: Time, cond: Cond) -> Event:
         """`grad_x log p(y | x_t, t)`, 0 where y is -1; differentiable where gradients are on."""
         outer = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            # What was made in inference mode is never part of a graph: copies are.
+            x_t = x_t.clone() if x_t.is_inference() else x_t
+            t = t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+            cond = cond.clone() if isinstance(cond, Tensor) and cond.is_inference() else cond
             x = x_t if outer and x_t.requires_grad else x_t.detach().requires_grad_(True)
             logits = self._logits(x, as_time(t, x_t).expand(len(x_t)))
             labels = self._labels(cond, logits)

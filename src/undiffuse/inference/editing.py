@@ -48,7 +48,7 @@ def inpaint(
         image: (B, *event); only what is known is read. Repeat a row for several samples of it.
         mask: true where the image is known; of the shape of the image or of one event, its channel axis may be 1.
         solver, steps, cond: as of `ud.sample`. A solver that draws noise mends what earlier steps got wrong.
-        resample: times that each step is made, at that many times the cost; see above.
+        resample: times that each step that ends in noise is made, at that many times the cost; see above.
         seed: an integer (row i uses stream i of it), one for each row, or streams. A row does not depend on others.
 
     Raises:

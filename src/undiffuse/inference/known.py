@@ -86,6 +86,8 @@ class Known:
 
     def put(self, x: Event, part: Event) -> Event:
         """`(I - P) x + part`, for a part that P keeps."""
+        if isinstance(self.project, Entries):
+            return torch.where(self.project.mask.to(x.device), part, x)  # -0.0 too is kept
         return x - self.project(x) + part
 
 
@@ -99,8 +101,8 @@ class Imputation:
     Attributes:
         known: what is imposed.
         solver: makes the step again where `resample` > 1; what it keeps from step to step is then started anew.
-        resample: times that each step is made (Lugmayr et al. 2022, RePaint, jumps of one step): x_s goes back to x_t
-            by `p(x_t | x_s)`, and down again.
+        resample: times that each step that ends in noise is made (Lugmayr et al. 2022, RePaint, jumps of one step): x_s
+            goes back to x_t by `p(x_t | x_s)`, and down again.
     """
 
     known: Known

@@ -115,6 +115,8 @@ class AdaptiveSDE(Solver):
     what the network says makes an error; the Brownian bridge, where they draw new noise after a rejection, which
     prefers small noise; and so halves, not any length.
 
+    Out of alpha = 0 the first step, to `path.t_high`, is DDIM's, and not tested.
+
     Each step of the grid is done in as many inner steps as it takes; the grid says where states are seen and corrected.
     Neither a sample nor its calls depend on its neighbours. `Bound.per_sample` counts the calls of each. A run of a
     batch takes as many rounds of calls as its slowest sample.
@@ -154,12 +156,25 @@ class AdaptiveSDE(Solver):
         alpha_s, sigma_s = scales(field, s)
         low = field.path.t_low
         end = float(s) if sigma_s > 0 else min(low, float(t))
-        streams = branch()
-        if end < float(t):
-            x, state = self._walk(field, x, _Tree(field.path, x, float(t), end, streams), state)
+        streams, start = branch(), float(t)
+        if float(field.path.alpha(t)) == 0 and end < start:
+            x, start = self._out_of_noise(field, x, t, end)
+        if end < start:
+            x, state = self._walk(field, x, _Tree(field.path, x, start, end, streams), state)
         if sigma_s == 0:
             x = field(x, torch.tensor(end, dtype=torch.float64)) * alpha_s
         return x, state
+
+    def _out_of_noise(self, field: Bound, x: Event, t: Scalar, end: float) -> tuple[Event, float]:
+        """x at t_high, or at the end if that is before, and the time: a step of DDIM, without a test of its error.
+
+        Where alpha is 0, q is 0 at any length of the step, and halves of it would not lessen its error.
+        """
+        start = max(end, field.path.t_high)
+        if not start < float(t):
+            return x, float(t)
+        alpha, sigma = (float(v) for v in scales(field, torch.tensor(start, dtype=torch.float64)))
+        return torch.add(alpha * field(x, t), x, alpha=sigma / float(field.path.sigma(t))), start
 
     def _walk(self, field: Bound, x: Event, tree: _Tree, guess: Tensor) -> tuple[Event, Tensor]:
         """x at the end of the interval, and the next guess of each sample's step."""
