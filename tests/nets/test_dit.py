@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.core.errors import ArgumentError
 from undiffuse.nets import NETS, DiT
 from undiffuse.nets.dit import Block, positions
+from unets import batch
 
 F64 = torch.float64
 
@@ -27,11 +28,6 @@ def small(shape=(2, 8, 8), seed=0, **options) -> DiT:
             if not p.any():
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
     return net
-
-
-def batch(n=5, shape=(2, 8, 8), dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=generator).to(dtype), torch.rand(n, generator=generator).to(dtype)
 
 
 def test_a_new_network_returns_exactly_zero_and_its_blocks_nothing():

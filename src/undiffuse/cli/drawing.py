@@ -22,7 +22,7 @@ from undiffuse.recipes.chains import EnergySampler, sampler_of
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import Run
 from undiffuse.recipes.schema import FactsSection
-from undiffuse.training import join, load_checkpoint
+from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
 PATIENCE = 3600.0
@@ -54,6 +54,11 @@ def facts_of(run: Run) -> FactsSection:
     return facts
 
 
+def seal_of(saved: Checkpoint) -> str:
+    """What tells a checkpoint's weights from all others."""
+    return hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained model ready to sample, and what identifies it."""
@@ -77,8 +82,7 @@ class Model:
         given = {"solver": solver, "steps": how.steps, "grid": how.grid, "batch": how.batch}
         wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
         sampler = sampler_of(model, settings, label=how.label, **wanted)
-        seal = hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16]
-        return cls(run, sampler, ema, saved.step, seal)
+        return cls(run, sampler, ema, saved.step, seal_of(saved))
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.cli.console import Console
-from undiffuse.cli.drawing import PATIENCE
+from undiffuse.cli.drawing import PATIENCE, seal_of
 from undiffuse.cli.measuring import append_lines, load_changed
 from undiffuse.cli.shards import ALIVE, mine, open_folder
 from undiffuse.core.errors import DataError, RunError, choose
@@ -76,7 +76,7 @@ class Job:
         noise = self.noise if dataset.is_image else "none"
         first, _ = dataset.batch(torch.arange(min(len(dataset), 4096)))
         made = {
-            "weights": hashlib.sha256(json.dumps(saved.state["files"], sort_keys=True).encode()).hexdigest()[:16],
+            "weights": seal_of(saved),
             "ema": ema,
             "step": saved.step,
             "data": dataset.fingerprint,
@@ -128,12 +128,6 @@ class Job:
             )
         return dataset
 
-    def _cond(self, denoiser: Denoiser, labels: Tensor | None) -> Tensor | None:
-        """The labels where the network was trained with them."""
-        embedding = getattr(getattr(denoiser, "net", None), "embedding", None)
-        known = getattr(embedding, "label", None) is not None or getattr(embedding, "vector", None) is not None
-        return labels if known else None
-
     def _share(self, parts: list, dataset: Any, denoiser: Any, add: Noise, folder: Path, bar: Any) -> None:
         total, done = sum(len(part) for _, part in parts), 0
         for index, part in parts:
@@ -154,7 +148,6 @@ class Job:
         device = next(denoiser.parameters()).device
         streams = Streams(torch.cat([Streams.of(self.seed, 1, first=int(row)).keys for row in rows]))
         x, cost = add(x.to(device).double(), streams.fold("noise"))
-        cond = self._cond(denoiser, labels)
         ran = log_likelihood(
             denoiser,
             x,
@@ -162,7 +155,7 @@ class Job:
             rtol=self.tolerance,
             atol=self.tolerance,
             seed=streams.fold("divergence"),
-            cond=None if cond is None else cond.to(device),
+            cond=labels,
             batch=self.batch,
         )
         return (ran.nats - cost).cpu().numpy(), ran.nfe.cpu().numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,20 @@ from undiffuse.solvers.base import Bound, Noise, Solver, combine, scales
 Event = Float[Tensor, "b *event"]
 
 
+class Projector:
+    """P, an orthogonal projection: linear, `P P = P = P^T`."""
+
+    def __call__(self, x: Event) -> Event:
+        """`P x`."""
+        raise NotImplementedError
+
+    def put(self, x: Event, part: Event) -> Event:
+        """`(I - P) x + part`, for a part that P keeps."""
+        return x - self(x) + part
+
+
 @dataclass(frozen=True)
-class Entries:
+class Entries(Projector):
     """P keeps the entries where the mask (which broadcasts to x) is true."""
 
     mask: Bool[Tensor, "..."]
@@ -24,9 +35,12 @@ class Entries:
     def __call__(self, x: Event) -> Event:
         return torch.where(self.mask.to(x.device), x, torch.zeros_like(x))
 
+    def put(self, x: Event, part: Event) -> Event:
+        return torch.where(self.mask.to(x.device), part, x)  # bit for bit: -0.0 too is kept
+
 
 @dataclass(frozen=True)
-class ChannelMix:
+class ChannelMix(Projector):
     """P keeps one mixture of the channels, `w . x` at each place: `P x = w (w . x) / |w|^2`."""
 
     weights: tuple[float, ...]
@@ -47,7 +61,7 @@ class ChannelMix:
 
 
 @dataclass(frozen=True)
-class BlockMeans:
+class BlockMeans(Projector):
     """P replaces each block of factor x factor pixels by its mean; x is (B, C, H, W)."""
 
     factor: int
@@ -77,18 +91,16 @@ class Known:
     """The known part of x_0.
 
     Attributes:
-        project: P, linear, `P P = P = P^T`.
+        project: P.
         value: `P x_0`, (B, *event).
     """
 
-    project: Callable[[Event], Event]
+    project: Projector
     value: Event
 
     def put(self, x: Event, part: Event) -> Event:
         """`(I - P) x + part`, for a part that P keeps."""
-        if isinstance(self.project, Entries):
-            return torch.where(self.project.mask.to(x.device), part, x)  # -0.0 too is kept
-        return x - self.project(x) + part
+        return self.project.put(x, part)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.random import Generator
-from undiffuse.objectives.times import TIMES, TimeDistribution
+from undiffuse.objectives.times import TIMES, TimeDistribution, drawn
 from undiffuse.paths import Path
 
 
@@ -48,9 +47,7 @@ class NoisyClassification:
         generator: Generator = None,
     ) -> Float[Tensor, " b"]:
         """Per-sample losses; `cond` are the classes, times and noises are drawn from `generator`."""
-        u = random.uniform(x_0.shape[:1], generator, dtype=torch.float64, device=x_0.device)
-        t = self.time.quantile(model.path, u).to(torch.promote_types(x_0.dtype, torch.float32))
-        noise = random.normal(x_0.shape, generator, dtype=x_0.dtype, device=x_0.device)
+        t, noise = drawn(self.time, model.path, x_0, generator)
         return self.at(model, x_0, t, noise, cond)
 
     def at(

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.random import Generator
 from undiffuse.fields import Denoiser, NetworkDenoiser
-from undiffuse.objectives.times import TIMES, TimeDistribution
+from undiffuse.objectives.times import TIMES, TimeDistribution, drawn
 from undiffuse.objectives.weights import WEIGHTS, Weight
 
 
@@ -75,9 +74,7 @@ class Denoising:
         self, model: NetworkDenoiser, x_0: Float[Tensor, "b *event"], cond=None, generator: Generator = None
     ) -> Losses:
         """The losses with the noise levels they were taken at."""
-        u = random.uniform(x_0.shape[:1], generator, dtype=torch.float64, device=x_0.device)
-        t = self.time.quantile(model.path, u).to(torch.promote_types(x_0.dtype, torch.float32))
-        noise = random.normal(x_0.shape, generator, dtype=x_0.dtype, device=x_0.device)
+        t, noise = drawn(self.time, model.path, x_0, generator)
         loss = self.at(model, x_0, t, noise, cond)
         level = t.detach().clamp(model.path.t_low, model.path.t_high)
         return Losses(loss, t, model.path.half_log_snr(level))

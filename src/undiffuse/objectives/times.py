@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from undiffuse.core import random
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.random import normal_quantile
+from undiffuse.core.random import Generator, normal_quantile
 from undiffuse.paths import Path
 
 
@@ -20,6 +21,15 @@ class TimeDistribution(ABC):
     @abstractmethod
     def quantile(self, path: Path, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The time below which a share `u` in (0, 1) of all draws falls; float64, kept to [t_low, t_max]."""
+
+
+def drawn(
+    time: TimeDistribution, path: Path, x_0: Float[Tensor, "b *event"], generator: Generator
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *event"]]:
+    """A time of each sample, then noise like x_0."""
+    u = random.uniform(x_0.shape[:1], generator, dtype=torch.float64, device=x_0.device)
+    t = time.quantile(path, u).to(torch.promote_types(x_0.dtype, torch.float32))
+    return t, random.normal(x_0.shape, generator, dtype=x_0.dtype, device=x_0.device)
 
 
 def _kept(path: Path, t: Tensor) -> Tensor:
