@@ -264,6 +264,7 @@ def test_samples_made_otherwise_are_not_mixed(image_run, command):
         (["--steps", 5], "steps was 3, is 5"),
         (["--label", 2], "label"),
         (["--solver", "heun"], "solver"),
+        (["--corrector", "langevin"], "corrector"),
     ):
         refused = command(*words, *change)
         assert refused.exit_code == 4
@@ -312,6 +313,8 @@ def test_network_calls_are_counted(image_run, command):
         (["--format", "gif"], 2, "expected grid, png, npz"),
         (["--solver", "huen"], 2, "Did you mean 'heun'?"),
         (["--solver", "edm:S_chrn=1"], 2, "S_churn"),
+        (["--corrector", "langevn"], 2, "Did you mean 'langevin'?"),
+        (["--corrector", "langevin:snr=-1"], 2, "expected 0 < snr < 1"),
         (["--grid", "tim"], 2, "Did you mean 'time'?"),
         (["--steps", 0], 2, "expected at least 1"),
         (["--batch-size", 0], 2, "expected at least 1"),

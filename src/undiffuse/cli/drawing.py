@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.cli.console import Console
-from undiffuse.cli.options import parse_solver, write_seeds
+from undiffuse.cli.options import parse_corrector, parse_solver, write_seeds
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
 from undiffuse.core.errors import ArgumentError, RunError
 from undiffuse.recipes.chains import EnergySampler, sampler_of
@@ -40,6 +40,7 @@ class How:
     ema: str | None = None
     step: int | None = None
     device: str = "auto"
+    corrector: str | None = None
 
 
 def facts_of(run: Run) -> FactsSection:
@@ -75,11 +76,18 @@ class Model:
         settings = run.recipe.settings
         if how.grid is not None and run.recipe.kind == "energy":
             raise ArgumentError(f"--grid {how.grid}: {run.folder} is an energy; its chains have no grid of times")
+        if how.corrector is not None and run.recipe.kind == "energy":
+            raise ArgumentError(f"--corrector {how.corrector}: {run.folder} is an energy; its chains have no corrector")
         saved = load_checkpoint(run.folder, how.step)
         ema = run.average(how.ema, saved.step)
         model = run.model(ema, saved.step, how.device)
-        solver = parse_solver(how.solver, settings)
-        given = {"solver": solver, "steps": how.steps, "grid": how.grid, "batch": how.batch}
+        given = {
+            "solver": parse_solver(how.solver, settings),
+            "steps": how.steps,
+            "grid": how.grid,
+            "batch": how.batch,
+            "corrector": parse_corrector(how.corrector),
+        }
         wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
         sampler = sampler_of(model, settings, label=how.label, **wanted)
         return cls(run, sampler, ema, saved.step, seal_of(saved))
@@ -87,8 +95,12 @@ class Model:
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
         sampler = self.sampler
-        started = {"initial": sampler.initial} if isinstance(sampler, EnergySampler) else {}
-        return started | {
+        if isinstance(sampler, EnergySampler):
+            more: dict[str, Any] = {"initial": sampler.initial}
+        else:  # said where there is any, so that folders of samples made before there were correctors are still theirs
+            more = {"corrector": sampler.corrector, "denoise": sampler.denoise}
+            more = {key: value for key, value in more.items() if value}
+        return more | {
             "weights": self.seal,
             "ema": self.ema,
             "step": self.step,

@@ -76,7 +76,7 @@ def edit(
     found = load_run(run)
     if found.recipe.kind == "energy":
         raise ArgumentError(f"{found.folder} trained an energy; edit needs a denoiser")
-    defaults = {"solver": {"name": SOLVER}, "steps": STEPS}
+    defaults = {"solver": {"name": SOLVER}, "steps": STEPS, "corrector": {"name": "none"}, "denoise": False}
     model = Model.load(found, How(solver, steps, None, batch_size, label, ema, step, device), defaults)
     _check_label(model, label)
     work = _task(task, images, model.sampler.facts, mask, box)

@@ -36,6 +36,7 @@ def evaluate(
         bool, typer.Option(help="Measure resampled training data and held-out data too, to read the figures against.")
     ] = True,
     solver: options.SolverName = None,
+    corrector: options.CorrectorName = None,
     steps: options.Steps = None,
     grid: options.GridName = None,
     batch_size: options.BatchSize = None,
@@ -65,7 +66,7 @@ def evaluate(
     extra = [f"evaluation.n={n}"] if n is not None else []
     extra += [f"evaluation.metrics=[{metrics}]"] if metrics is not None else []
     loaded = load_changed(run, [*(changes or []), *extra], DATA_KEYS)
-    how = How(solver, steps, grid, batch_size, None, ema, step, device)
+    how = How(solver, steps, grid, batch_size, None, ema, step, device, corrector)
     job = Measuring(loaded, how, features, sha256 or "", tuple(feature_option or ()), references)
     evaluate_run(job, screen)
 

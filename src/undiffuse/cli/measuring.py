@@ -110,14 +110,14 @@ class Measuring:
     def run_all(self, screen: Console) -> list[Figure]:
         """Draw the samples (all processes), measure them (the first process; the others get nothing)."""
         section = self.run.recipe.settings.evaluation
-        changes = {"solver": section.solver, "steps": section.steps, "grid": section.grid}
+        changes = {key: getattr(section, key) for key in ("solver", "steps", "grid", "corrector", "denoise")}
         model = Model.load(self.run, self.how, {k: v for k, v in changes.items() if v is not None})
         seeds = np.arange(section.seed, section.seed + section.n, dtype=np.int64)
         features = self._features(model)
         folder = model.folder_for(seeds, "eval")
         screen.say(
             f"{section.n:,} samples of {self.run.folder} (step {model.step}, weights {model.ema}): "
-            f"{model.sampler.solver['name']}, {model.sampler.steps} steps, {model.nfe} network calls each"
+            f"{model.sampler.said}, {model.sampler.steps} steps, {model.nfe} network calls each"
         )
         # What could refuse comes before the hours of sampling.
         reference = RealData.load(self.run.recipe, section.split or "train") if is_lead() else None
@@ -202,8 +202,6 @@ class Measuring:
 
     def _protocol(self, model: Model, n: int, seeds: str, reference: RealData) -> Protocol:
         sampler = model.sampler
-        choice = {key: value for key, value in sampler.solver.items() if key != "name" and value is not None}
-        arguments = ", ".join(f"{key}={value}" for key, value in choice.items())
         return Protocol(
             n=n,
             reference=reference.name,
@@ -211,7 +209,7 @@ class Measuring:
             reference_n=len(reference.x),
             reference_fingerprint=reference.fingerprint,
             data_range=(-1.0, 1.0) if sampler.facts.image else None,
-            solver=sampler.solver["name"] + (f"({arguments})" if arguments else ""),
+            solver=sampler.said,
             steps=sampler.steps,
             nfe=model.nfe,
             grid=model.grid,

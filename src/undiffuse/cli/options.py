@@ -31,6 +31,10 @@ SolverName = Annotated[
     str | None,
     typer.Option(help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's."),
 ]
+CorrectorName = Annotated[
+    str | None,
+    typer.Option(help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's."),
+]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
@@ -82,6 +86,24 @@ def parse_solver(text: str | None, settings: Settings) -> dict | None:
     if text is None:
         return None
     from undiffuse.recipes.build import resolve_solver
+
+    return resolve_solver(settings, _choice(text), "--solver")
+
+
+def parse_corrector(text: str | None) -> dict | None:
+    """`"langevin:snr=0.16,steps=2"` as a choice of corrector; "none" takes the recipe's away.
+
+    Raises:
+        RecipeError: unknown corrector or argument, or a value out of range.
+    """
+    if text is None:
+        return None
+    from undiffuse.recipes.correctors import resolve_corrector
+
+    return resolve_corrector(_choice(text), "--corrector")
+
+
+def _choice(text: str) -> dict:
     from undiffuse.recipes.text import parse_override
 
     name, _, rest = text.partition(":")
@@ -89,4 +111,4 @@ def parse_solver(text: str | None, settings: Settings) -> dict | None:
     for part in filter(None, rest.split(",")):
         (key, *_), value = parse_override(part)
         choice[key] = value
-    return resolve_solver(settings, choice, "--solver")
+    return choice

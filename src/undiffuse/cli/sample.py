@@ -30,6 +30,7 @@ def sample(
         int | None, typer.Option(help="Class of all samples, -1 for none. Default: seed mod number of classes.")
     ] = None,
     solver: options.SolverName = None,
+    corrector: options.CorrectorName = None,
     steps: options.Steps = None,
     grid: options.GridName = None,
     batch_size: options.BatchSize = None,
@@ -53,6 +54,7 @@ def sample(
     Examples:
       undiffuse sample digits
       undiffuse sample digits --seeds 0-9 --label 3 --solver heun --steps 10
+      undiffuse sample digits --solver reverse-diffusion --corrector langevin:snr=0.1 --steps 50
       undiffuse sample runs/cifar10-20260101-120000 --seeds 0-49999 --format npz --out samples
       torchrun --nproc-per-node 8 -m undiffuse.cli sample cifar10 --seeds 0-49999 --format png
     """
@@ -62,7 +64,7 @@ def sample(
     from undiffuse.recipes import load_run
 
     screen = Console(json, quiet)
-    how = How(solver, steps, grid, batch_size, label, ema, step, device)
+    how = How(solver, steps, grid, batch_size, label, ema, step, device, corrector)
     model = Model.load(load_run(run), how)
     shape = model.sampler.facts.shape
     drawable = model.sampler.facts.image or shape == [2]
@@ -71,7 +73,7 @@ def sample(
     folder = out or model.folder_for(wanted, format)
     screen.say(
         f"{len(wanted):,} samples of {model.run.folder} (step {model.step}, weights {model.ema}): "
-        f"{model.sampler.solver['name']}, {model.sampler.steps} steps, {model.nfe} network calls each"
+        f"{model.sampler.said}, {model.sampler.steps} steps, {model.nfe} network calls each"
     )
     done = draw(model, wanted, folder, format, screen)
     if not is_lead():

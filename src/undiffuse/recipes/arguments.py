@@ -73,7 +73,8 @@ def complete(
         checked = model.model_validate_json(json.dumps(dict(given)))
     except pydantic.ValidationError as error:
         # Only the first part of a place is a key: a union adds the names of its members.
-        problems = [{**item, "loc": item["loc"][:1]} for item in error.errors()]
+        # A recipe cannot write a function: that an argument may be one is not said.
+        problems = [{**item, "loc": item["loc"][:1]} for item in error.errors() if item["type"] != "callable_type"]
         raise RecipeError(explain(problems, where)) from None
     values = json.loads(checked.model_dump_json(by_alias=True))
     # JSON has no infinity: a default of that value stays unwritten.

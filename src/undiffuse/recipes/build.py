@@ -21,6 +21,7 @@ from undiffuse.oracles import Empirical
 from undiffuse.paths import PATHS, Path, Tabulated, geometric_levels
 from undiffuse.recipes import energies
 from undiffuse.recipes.arguments import argument_names, complete
+from undiffuse.recipes.correctors import check_correctors
 from undiffuse.recipes.schema import EnergySection, FactsSection, ObjectiveSection, Settings
 from undiffuse.recipes.tables import known, make, resolve
 from undiffuse.solvers import GRIDS, SOLVERS, Solver
@@ -153,6 +154,7 @@ def _check_denoiser(tree: dict[str, Any]) -> None:
             tree[name]["solver"] = resolve(SOLVERS, tree[name]["solver"], "solver", f"{name}.solver")
         if tree[name]["grid"] is not None:
             known(GRIDS, tree[name]["grid"], "grid", f"{name}.grid")
+    check_correctors(tree)
 
 
 def path(settings: Settings) -> Path:

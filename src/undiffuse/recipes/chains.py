@@ -14,6 +14,7 @@ from undiffuse.core.errors import RunError
 from undiffuse.core.random import Streams
 from undiffuse.fields.energy import Energy, FunctionEnergy
 from undiffuse.recipes import energies
+from undiffuse.recipes.correctors import said
 from undiffuse.recipes.generate import BySeed, Sampler, spread
 from undiffuse.recipes.schema import FactsSection, SamplingSection, Settings
 from undiffuse.solvers.markov import Chains
@@ -63,6 +64,11 @@ class EnergySampler(BySeed):
     def origin(self) -> str:
         """What samples start from: the law of the chains' first states."""
         return f"chains from {energies.initial(self.initial)}"
+
+    @property
+    def said(self) -> str:
+        """The kernel in words."""
+        return said(self.solver)
 
     @property
     def nfe(self) -> int:

@@ -20,6 +20,7 @@ from undiffuse.objectives.score_matching import (
 from undiffuse.objectives.starts import INITIAL, STARTS, FromNoise
 from undiffuse.oracles.gaussian import Gaussian
 from undiffuse.recipes.arguments import argument_names, complete, unknown_key
+from undiffuse.recipes.correctors import refuse_correctors
 from undiffuse.recipes.schema import EnergySection, FactsSection, Settings
 from undiffuse.recipes.tables import known, make
 from undiffuse.solvers import KERNELS, Kernel
@@ -121,7 +122,7 @@ def check_energy(tree: Choice, sampling_given: set[str]) -> Choice:
         sampling_given: keys of `sampling` that the recipe writes itself.
 
     Raises:
-        RecipeError: a path, a grid, an objective that trains denoisers; see `resolve_deep`.
+        RecipeError: a path, a grid, a corrector, an objective that trains denoisers; see `resolve_deep`.
     """
     if tree["path"] is not None:
         raise RecipeError("path: an energy has none (it is a density of the data, at no noise level); leave it out")
@@ -131,6 +132,7 @@ def check_energy(tree: Choice, sampling_given: set[str]) -> Choice:
             f"{', '.join(OBJECTIVES)}"
         )
     objective = tree["objective"] = resolve_deep(OBJECTIVES, tree["objective"], "objective", "objective")
+    refuse_correctors(tree)
     sampling = tree["sampling"]
     if "solver" not in sampling_given:
         if objective.get("kernel") is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.fields import Denoiser
 from undiffuse.recipes import build
+from undiffuse.recipes.correctors import NONE, corrector, said
 from undiffuse.recipes.schema import FactsSection, SamplingSection
 from undiffuse.solvers import GRIDS, sample
 from undiffuse.training.precision import autocast
@@ -89,6 +90,8 @@ class Sampler(BySeed):
         label: class of all samples, -1 for none; None: class `seed mod num_classes`.
         batch: samples at a time; changes a sample by rounding only.
         precision: of the network's large products, "fp32" or "bf16".
+        corrector: a choice as in a recipe, `{"name": "langevin", "snr": 0.16}`; None: none.
+        denoise: end a path that stops in noise with `E[x_0 | x]`.
     """
 
     denoiser: Denoiser
@@ -99,6 +102,8 @@ class Sampler(BySeed):
     label: int | None = None
     batch: int = 256
     precision: str = "fp32"
+    corrector: dict[str, Any] | None = None
+    denoise: bool = False
 
     def __post_init__(self):
         if self.grid is not None:
@@ -107,9 +112,14 @@ class Sampler(BySeed):
 
     @classmethod
     def of(cls, denoiser: Denoiser, facts: FactsSection, section: SamplingSection, **changes: Any) -> Sampler:
-        """As a recipe's `sampling` says, but for `changes`; a change that is None is none."""
-        values = {key: getattr(section, key) for key in ("solver", "steps", "grid", "batch", "precision")}
-        return cls(denoiser, facts, **values | {k: v for k, v in changes.items() if v is not None})
+        """As a recipe's `sampling` says, but for `changes`; a change that is None is none, a corrector "none" takes its
+        away."""
+        keys = ("solver", "steps", "grid", "batch", "precision", "corrector", "denoise")
+        values = {key: getattr(section, key) for key in keys}
+        values |= {key: value for key, value in changes.items() if value is not None}
+        if values["corrector"] is not None and values["corrector"]["name"] == NONE:
+            values["corrector"] = None
+        return cls(denoiser, facts, **values)
 
     @property
     def model(self) -> Denoiser:  # type: ignore[override]
@@ -127,6 +137,11 @@ class Sampler(BySeed):
         return self.grid or f"{self.solver['name']}'s own"
 
     @property
+    def said(self) -> str:
+        """Solver, corrector and last step in words."""
+        return said(self.solver, self.corrector, self.denoise)
+
+    @property
     def nfe(self) -> int:
         """Network calls per sample, counted on a field that costs nothing."""
         options = {**self.options(), "device": "cpu"}
@@ -139,6 +154,8 @@ class Sampler(BySeed):
             "solver": build.solver(self.solver),
             "steps": self.steps,
             "grid": self.grid,
+            "corrector": corrector(self.corrector),
+            "denoise": self.denoise,
             "device": self.device,
         }
 

@@ -129,13 +129,17 @@ Objective = Annotated[
 ]
 
 
+_SAID_IF_ANY = ("initial", "corrector", "denoise")
+
+
 class SamplingSection(Section):
     """How samples are drawn from a run, unless the caller says otherwise.
 
     `n` samples are drawn on training's schedule, `batch` at a time. `ema` names an average of the weights
     ("half-life-500", "power-0.05", or "none"); null is the first that training keeps. `precision` "bf16" runs the
-    network's large products so; the solver keeps fp32. From an energy, `solver` is a Markov kernel, `initial` the law
-    its chains start from, and there is no grid.
+    network's large products so; the solver keeps fp32. `corrector` takes its steps after each of the solver's, and
+    `denoise` ends a path that stops in noise, as VE does, with `E[x_0 | x]`. From an energy, `solver` is a Markov
+    kernel, `initial` the law its chains start from, and there is no grid, corrector or denoising.
     """
 
     solver: Choice = _choice("dpmpp-2m")
@@ -146,15 +150,20 @@ class SamplingSection(Section):
     ema: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     initial: Choice | None = None
+    corrector: Choice | None = None
+    denoise: bool = False
 
     @model_serializer(mode="wrap")
     def _without_absent(self, write: Any) -> dict[str, Any]:
-        """A denoiser has no `initial`: its samples start from the path's own law."""
-        return {key: value for key, value in write(self).items() if key != "initial" or value is not None}
+        """What came later, or belongs to other kinds of models, is written where it is something."""
+        return {key: value for key, value in write(self).items() if key not in _SAID_IF_ANY or value}
 
 
 class EvaluationSection(Section):
-    """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`."""
+    """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`.
+
+    `corrector: none` takes away that of `sampling`.
+    """
 
     n: Annotated[int, Field(ge=2)] = 10_000
     metrics: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["frechet"])
@@ -163,6 +172,12 @@ class EvaluationSection(Section):
     solver: Choice | None = None
     steps: Count | None = None
     grid: str | None = None
+    corrector: Choice | None = None
+    denoise: bool | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: Any) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in _SAID_IF_ANY or value is not None}
 
 
 class FactsSection(Section):
