@@ -20,11 +20,11 @@ DENOISERS = [name for name in ALL if ud.load_recipe(name).kind == "denoiser"]
 
 def data_of(name, tmp_path):
     """Overrides that give a recipe data to read."""
-    if name == "folder":
+    if name == "folder" or name.startswith("score-sde-celebahq"):
         return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
     if name in ("mnist", "ebm-mnist", "ncsn-mnist"):
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
-    if name == "cifar10":
+    if name == "cifar10" or name.startswith("score-sde-cifar10"):
         return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
     return []
 
@@ -40,6 +40,9 @@ def test_the_promised_recipes_are_there():
         "ncsn-digits",
         "ncsn-mnist",
         "score-sde-digits",
+        "score-sde-digits-ve",
+        "score-sde-digits-vp",
+        "score-sde-digits-subvp",
         "flow-digits",
     } <= set(ALL)
 
@@ -241,6 +244,50 @@ def test_a_file_of_ones_own(tmp_path):
     recipe = ud.load_recipe(str(file), ["path.beta_max=10"])
     assert recipe.path() == ud.VP(beta_max=10.0)
     assert recipe.settings.model.net["hidden"] == 128
+
+
+def written(folder, **files):
+    """Recipe files by name, of one line each."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(f"name: {name}\n{text}\n")
+    return folder
+
+
+def test_a_recipe_extends_another_by_name_or_file(tmp_path):
+    written(tmp_path, mine="extends: digits\ntraining: {steps: 7}\npath: ve\ndescription: of my own")
+    written(tmp_path, deeper="extends: mine.yaml\nmodel: {net: {width: 48}}\ntraining: {batch: 9}")
+    deeper = ud.load_recipe(tmp_path / "deeper.yaml", ["seed=3"])
+    expected = ["seed=3", "name=deeper", "training.steps=7", "training.batch=9", "model.net.width=48", "description=''"]
+    assert deeper == ud.load_recipe("digits", [*expected, "path={name: ve}"])
+    assert ud.load_recipe(tmp_path / "mine.yaml").settings.description == "of my own"
+    # What is written out needs no other file.
+    written(tmp_path, mine="")
+    assert Recipe.from_tree(parse_yaml(deeper.to_yaml(), "own")) == deeper
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("extends: digit", r"mine.yaml, extends 'digit': unknown recipe 'digit'. Did you mean 'digits'"),
+        ("extends: digit.yaml", r"mine.yaml, extends 'digit.yaml': there is no recipe file .*digit.yaml"),
+        ("extends: mine.yaml", "goes in a circle: mine -> mine"),
+        ("extends: other.yaml", "goes in a circle: mine -> other -> mine"),
+        ("extends: [digits]", r"extends = \['digits'\]: expected the name of a recipe"),
+        ("extends: digits\ntraining: {stesp: 3}", "Did you mean 'training.steps'"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path, text, says):
+    written(tmp_path, mine=text, other="extends: mine.yaml")
+    with pytest.raises(RecipeError, match=says):
+        ud.load_recipe(tmp_path / "mine.yaml")
+
+
+def test_a_recipe_that_extends_has_a_name_of_its_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: digits\n")
+    with pytest.raises(RecipeError, match="'name' is required"):
+        ud.load_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError, match="'extends' can be written in a recipe's file"):
+        ud.load_recipe("digits", ["extends=mnist"])
 
 
 @pytest.mark.parametrize(

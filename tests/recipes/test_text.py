@@ -3,7 +3,7 @@
 import pytest
 
 from undiffuse.core.errors import RecipeError
-from undiffuse.recipes.text import MAX_BYTES, apply_overrides, dump_tree, flatten, parse_yaml, read_tree
+from undiffuse.recipes.text import MAX_BYTES, apply_overrides, dump_tree, flatten, merged, parse_yaml, read_tree
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,30 @@ def test_an_override_through_a_number_and_a_bare_string():
         apply_overrides({"a": {"b": 1}}, ["a.b.c=2"])
     with pytest.raises(RecipeError, match="list of"):
         apply_overrides({}, "a=1")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"),
+    [
+        ({"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1, "b": 3, "c": 4}),
+        ({"a": {"x": 1, "y": {"z": 2}}}, {"a": {"y": {"w": 3}}}, {"a": {"x": 1, "y": {"z": 2, "w": 3}}}),
+        ({"a": [1, 2]}, {"a": [3]}, {"a": [3]}),
+        ({"a": {"x": 1}}, {"a": None}, {"a": None}),
+        # A choice: the same name keeps its arguments, another one drops them.
+        (
+            {"p": {"name": "vp", "beta_min": 0.1}},
+            {"p": {"beta_max": 9}},
+            {"p": {"name": "vp", "beta_min": 0.1, "beta_max": 9}},
+        ),
+        ({"p": {"name": "vp", "beta_min": 0.1}}, {"p": {"name": "vp"}}, {"p": {"name": "vp", "beta_min": 0.1}}),
+        ({"p": {"name": "vp", "beta_min": 0.1}}, {"p": {"name": "ve"}}, {"p": {"name": "ve"}}),
+        ({"p": {"name": "vp", "beta_min": 0.1}}, {"p": "ve"}, {"p": "ve"}),
+        ({"p": "vp"}, {"p": {"beta_max": 9}}, {"p": {"name": "vp", "beta_max": 9}}),
+        ({"p": "vp"}, {"p": {"name": "ve", "sigma_min": 1}}, {"p": {"name": "ve", "sigma_min": 1}}),
+        ({"o": {"time": "uniform"}}, {"o": {"name": "noise-contrastive"}}, {"o": {"name": "noise-contrastive"}}),
+    ],
+)
+def test_what_a_recipe_extends_is_merged(base, changes, expected):
+    before = dump_tree(base), dump_tree(changes)
+    assert merged(base, changes) == expected
+    assert (dump_tree(base), dump_tree(changes)) == before

@@ -153,6 +153,23 @@ def apply_overrides(tree: Tree, overrides: Iterable[str] | Mapping[str, Any]) ->
     return tree
 
 
+def merged(base: Tree, changes: Tree) -> Tree:
+    """`base` with `changes`: mappings are merged key by key, everything else is replaced.
+
+    A choice that takes another name is replaced too, since the arguments of the old one are not those of the new:
+    `{name: vp, beta_min: 0.1}` and `{name: ve}` make `{name: ve}`, but `{beta_max: 10}` adds to the first.
+    """
+    result = _copy(base)
+    for key, value in changes.items():
+        before = result.get(key)
+        if isinstance(value, dict):
+            before = {"name": before} if isinstance(before, str) else before
+            if isinstance(before, dict) and value.get("name", before.get("name")) == before.get("name"):
+                value = merged(before, value)
+        result[key] = _copy(value)
+    return result
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
