@@ -29,14 +29,16 @@ def recipes(
     """
     out = Console(json)
     if action == "list":
-        from undiffuse.recipes.catalogue import list_recipes
+        from undiffuse.recipes.catalogue import GROUPS, list_recipes
 
-        found = list_recipes()
-        width = max(len(known) for known in found)
+        groups = {heading: list_recipes(heading) for heading in GROUPS}
         if not json:
-            for known, text in found.items():
-                out.say(f"{known:<{width}}  {text}")
-        out.result(found)
+            for place, (heading, found) in enumerate(groups.items()):
+                width = max(len(known) for known in found)
+                out.say(f"{chr(10) if place else ''}{heading}:")
+                for known, text in found.items():
+                    out.say(f"{known:<{width}}  {text}")
+        out.result({name: text for found in groups.values() for name, text in found.items()})
     elif action == "show":
         _show(name, changes or [], as_written, out)
     else:

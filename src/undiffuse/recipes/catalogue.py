@@ -8,16 +8,26 @@ from undiffuse.core.errors import RecipeError, nearest
 from undiffuse.recipes.text import read_tree
 
 FOLDER = Path(__file__).parent
+GROUPS = {
+    "Ready to run": FOLDER,
+    "With published settings, at full size; what differs is in docs/score_sde.md": FOLDER / "published",
+}
+"""What a list of recipes is headed by, and the folder of those."""
 
 
 def recipe_files() -> dict[str, Path]:
     """The library's recipes: name and file."""
-    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+    files = [file for folder in GROUPS.values() for file in sorted(folder.glob("*.yaml"), key=lambda file: file.stem)]
+    return {file.stem: file for file in files}
 
 
-def list_recipes() -> dict[str, str]:
-    """The library's recipes: name and one-line description."""
-    return {name: str(read_tree(file).get("description", "")) for name, file in recipe_files().items()}
+def list_recipes(group: str | None = None) -> dict[str, str]:
+    """The library's recipes, of one of `GROUPS` or all: name and one-line description."""
+    return {
+        name: str(read_tree(file).get("description", ""))
+        for name, file in recipe_files().items()
+        if group is None or file.parent == GROUPS[group]
+    }
 
 
 def find_recipe(name_or_file: str | Path) -> Path:
