@@ -6,6 +6,7 @@ from torch import nn
 
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention
+from undiffuse.nets.embedding import ImageFourier
 from unets import batch, small
 
 
@@ -74,3 +75,22 @@ def test_glorots_start():
         assert layer.weight.abs().max().item() <= (3 * expected) ** 0.5 * (1 + 1e-6)
         assert not layer.bias.any()
     assert not any(p.any() for layer in (block.conv_2, attention.out, net.last) for p in layer.parameters())
+
+
+def test_the_place_within_a_pixels_value_is_seen_in_bf16():
+    """Value k of 256 dequantised by u is `(k + u) / 128 - 1`: sin and cos of 2^7 pi x tell u, whatever k is."""
+    k = torch.tensor([0.0, 1.0, 77.0, 255.0])[:, None, None, None]
+    u = torch.tensor([0.1, 0.25, 0.6])
+    features = ImageFourier([7, 8])(((k + u) / 128 - 1).double())
+    assert features.shape == (4, 5, 1, 3)
+    sign = 1 - 2 * (k.double()[:, :, 0] % 2)
+    torch.testing.assert_close(features[:, 1], (sign * (torch.pi * u).sin()).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features[:, 4], (2 * torch.pi * u).cos().expand(4, 1, 3).double(), atol=1e-4, rtol=0)
+
+    x, c = torch.full((2, 1, 8, 8), 0.1 / 128 - 1), torch.zeros(2)
+    x[1] = 0.24 / 128 - 1
+    for powers in ((), (6, 7)):
+        net = small((1, 8, 8), input_fourier=powers)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            one, other = net(x, c)
+        assert bool((one != other).any()) == bool(powers)

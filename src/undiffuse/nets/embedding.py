@@ -57,6 +57,22 @@ class Fourier(nn.Module):
         return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+class ImageFourier(nn.Module):
+    """x, then sin and cos of `2^n pi x` for n in `powers`, along the channels (Kingma et al. 2021, appendix C)."""
+
+    def __init__(self, powers: Sequence[int] = ()):
+        super().__init__()
+        self.powers = tuple(powers)
+        self.copies = 1 + 2 * len(self.powers)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b d *size"]:
+        parts = [x]
+        for power in self.powers:
+            angle = 2.0**power * math.pi * _wide(x)
+            parts += [angle.sin(), angle.cos()]
+        return torch.cat(parts, dim=1) if self.powers else x
+
+
 NOISE_EMBEDDINGS: dict[str, type[nn.Module]] = {"sinusoidal": Sinusoidal, "fourier": Fourier}
 
 
