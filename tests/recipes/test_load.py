@@ -241,6 +241,7 @@ def test_the_edm_weight_takes_the_models_sigma_data_unless_told():
         ("seed=-1", "seed = -1: must be greater than or equal to 0"),
         ("name=A B", "name = 'A B'"),
         ("model.sigma_data=0", "model.sigma_data = 0: must be greater than 0"),
+        ("model.net.input_fourier=[7]", "as 'noise-unscaled' gives it"),
         ("data.flip=1", "data.flip = 1: must be true or false"),
         ("data.dequantise=1", "data.dequantise = 1: must be the number of values per pixel, 256 for bytes"),
         ("data.dequantise=true", "data.dequantise = True: must be the number"),

@@ -76,8 +76,9 @@ class UNet(nn.Module):
         progressive_input: the noisy image at every level: "none", "residual" or "input-skip".
         combine: how "input-skip" joins: "sum" or "cat".
         progressive_output: the answer is summed over levels ("output-skip"), or comes from the first ("none").
-        input_fourier: the network also sees sin and cos of `2^n pi x` for these n (Kingma et al. 2021, appendix C:
-            7 and 8, whose periods are 2 and 1 of 256 values), which a likelihood needs and bf16 would round away.
+        input_fourier: the network also sees sin and cos of `2^n pi x` for these n, the place within one of 256 values
+            (periods of 2 and 1 of them: 7 and 8), which a likelihood needs and bf16 rounds away; see `ImageFourier`.
+            The noise label must be log(sigma / alpha): prediction "noise-unscaled".
         norm_groups: groups of every norm; None: 32, fewer where they would have less than 4 channels.
         norm_eps: added to the variance in every norm.
         dropout: probability, within the residual blocks.
@@ -238,7 +239,7 @@ class UNet(nn.Module):
             raise ArgumentError(f"x has {x.shape[1]} channels: this U-Net was built for {self.shape[0]}")
         self._check_size(x.shape[2], x.shape[3])
         dtype = self.first.weight.dtype
-        e, image, h = self.embedding(c_noise, cond).to(dtype), x.to(dtype), self.fine(x).to(dtype)
+        e, image, h = self.embedding(c_noise, cond).to(dtype), x.to(dtype), self.fine(x, c_noise).to(dtype)
         if x.device.type == "cpu":  # torch's convolutions are fastest so, whatever the weights' layout
             image, h = (z.contiguous(memory_format=torch.channels_last) for z in (image, h))
         changes, h = 0, self.first(h)

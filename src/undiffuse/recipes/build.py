@@ -156,6 +156,11 @@ def _check_denoiser(tree: dict[str, Any]) -> None:
         raise RecipeError("sampling.initial: samples of a denoiser start from the path's own law; leave it out")
     tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
     known(PREDICTIONS, model["prediction"], "prediction", "model.prediction")
+    if model["net"].get("input_fourier") and model["prediction"] != "noise-unscaled":
+        raise RecipeError(
+            f"model.net.input_fourier with model.prediction = {model['prediction']!r}: it takes the noise label for "
+            "log(sigma / alpha), as 'noise-unscaled' gives it"
+        )
     shared = {"sigma_data": model["sigma_data"]}
     for key, table, what in (("time", TIMES, "time distribution"), ("weight", WEIGHTS, "weight")):
         tree["objective"][key] = resolve(table, tree["objective"][key], what, f"objective.{key}", shared=shared)
