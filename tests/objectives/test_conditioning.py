@@ -34,7 +34,7 @@ def normal(x, mean, std):
 
 @every_path
 def test_the_divergence_of_a_reverse_step_is_the_denoising_loss_and_a_constant(path):
-    """J_KL = J_CKL + C: `E KL(p(x_s | x_t) || N(mean(x_t, D(x_t)), v))` by quadrature against the squared error of D."""
+    """J_KL = J_CKL + C: `E KL(p(x_s | x_t) || N(mean(x_t, D(x_t)), v))` by quadrature beside the squared error of D."""
     s, t = (torch.tensor(path.t_low + u * (path.t_high - path.t_low), dtype=F64) for u in (0.35, 0.5))
     scale, std = path.transition(s, t)
     # The step's law on a grid of both its ends, from the marginal and the forward step alone.
