@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from undiffuse import VE, VP, Denoiser, Empirical, LangevinCorrector, Streams, load_run, sample
-from undiffuse.metrics import energy_test
+from undiffuse.metrics import energy_test, frechet_distance
 from undiffuse.solvers import DDPM, ReverseDiffusion, Stay
 
 BLUR, SNR = 0.1, 0.16
@@ -53,15 +53,16 @@ def draw_samples(field: Denoiser, solver, shape, steps: int, snr: float | None, 
     return sample(field, shape, solver=solver, steps=steps, grid=grid, seed=3, corrector=corrector, cond=cond)
 
 
-def study(
-    field: Denoiser, measure: Measure, shape, steps: int, cond=None
-) -> dict[tuple[str, str], tuple[float, float]]:
+Table = dict[tuple[str, str], tuple[float, float]]
+
+
+def study(field: Denoiser, measure: Measure, shape, steps: int, cond=None, snr: float = SNR) -> Table:
     """What `measure` says of each predictor and column, and of corrector-only sampling."""
     table = {}
     for name, solver in PREDICTORS.items():
         for column, (count, corrected) in cells(steps).items():
-            table[name, column] = measure(draw_samples(field, solver, shape, count, SNR if corrected else None, cond))
-    table["none", f"C{2 * steps}"] = measure(draw_samples(field, Stay(), shape, 2 * steps, SNR, cond))
+            table[name, column] = measure(draw_samples(field, solver, shape, count, snr if corrected else None, cond))
+    table["none", f"C{2 * steps}"] = measure(draw_samples(field, Stay(), shape, 2 * steps, snr, cond))
     return table
 
 
@@ -111,8 +112,8 @@ def main(out: Path | None = None, n: int = 1000, steps: int = 100, long: int = 1
     return value
 
 
-def write(out: Path, tables: dict[str, dict[tuple[str, str], tuple[float, float]]]) -> None:
-    """The table, as text that a page can include: width of the modes (energy distance over its 99 % null)."""
+def write(out: Path, tables: dict[str, Table], name: str = "04_predictor_corrector") -> None:
+    """The table, as text that a page can include: what was measured (energy distance over its 99 % null)."""
     columns = [(path, column) for path, table in tables.items() for column in dict.fromkeys(c for _, c in table)]
     rows = list(dict.fromkeys(row for table in tables.values() for row, _ in table))
     lines = ["| predictor | " + " | ".join(f"{p} {c}" for p, c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -120,7 +121,7 @@ def write(out: Path, tables: dict[str, dict[tuple[str, str], tuple[float, float]
         found = [tables[path].get((row, column)) for path, column in columns]
         lines.append(f"| {row} | " + " | ".join("" if v is None else f"{v[0]:.3g} ({v[1]:.2g})" for v in found) + " |")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "04_predictor_corrector.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw(out: Path, tables, scan, steps: int, hasty: float, patient: float, long: int) -> None:
@@ -146,28 +147,39 @@ def draw(out: Path, tables, scan, steps: int, hasty: float, patient: float, long
     save(fig, out, "04_predictor_corrector")
 
 
-def of_run(folder: str, n: int, steps: int) -> dict[str, float]:
-    """The same table for a trained run: energy distances to its held-out data, over the 99 % quantile of their null."""
-    run = load_run(folder)
-    data = run.recipe.data("held-out")
-    n = min(n, len(data))
-    reference, labels = data.batch(torch.arange(n))
+def of_runs(folders: list[str], out: Path, n: int, steps: int, snr: float) -> dict[str, float]:
+    """The same table for trained runs: Frechet distances to their training data, and energy distances."""
+    tables = {}
+    for folder in folders:
+        run = load_run(folder)
+        data = run.recipe.data()
+        reference, labels = data.batch(torch.arange(min(n, len(data))))
 
-    def measure(x: Tensor) -> tuple[float, float]:
-        test = energy_test(x, reference, permutations=200)
-        return test.distance / test.quantile, test.p_value
+        def measure(x: Tensor, reference: Tensor = reference) -> tuple[float, float]:
+            test = energy_test(x, reference, permutations=200)
+            return frechet_distance(x, reference), test.distance / test.quantile
 
-    table = study(run.denoiser(), measure, (n, *data.shape), steps, cond=labels)
-    return {f"{row}, {column}": ratio for (row, column), (ratio, _) in table.items()}
+        field = run.denoiser()
+        tables[type(field.path).__name__] = study(field, measure, tuple(reference.shape), steps, labels, snr)
+    write(out, tables, "04_predictor_corrector_run")
+    return {
+        f"{path}, {row}, {column}": value
+        for path, table in tables.items()
+        for (row, column), (value, _) in table.items()
+    }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder of picture and table (default: docs/figures)")
-    parser.add_argument("--run", help="a trained run's folder, instead of the exact score")
+    parser.add_argument("--runs", nargs="+", help="folders of trained runs, instead of the exact score")
     parser.add_argument("--n", type=int, default=1000, help="samples in each cell")
     parser.add_argument("--steps", type=int, default=100, help="N: predictor steps of P and PC")
+    parser.add_argument("--snr", type=float, default=SNR, help="of the corrector, with --runs (default: %(default)s)")
     given = parser.parse_args()
-    found = of_run(given.run, given.n, given.steps) if given.run else main(given.out, given.n, given.steps)
+    if given.runs:
+        found = of_runs(given.runs, given.out, given.n, given.steps, given.snr)
+    else:
+        found = main(given.out, given.n, given.steps)
     for name, number in found.items():
         print(f"{name:44s} {number:.4g}")

@@ -49,8 +49,9 @@ def test_order_does_not_depend_on_what_was_asked_before():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_batch_of_one_process(world):
-    one = Loader(images(30), 8, seed=5, flip=True)
-    many = [Loader(images(30), 8, seed=5, rank=rank, world=world, flip=True) for rank in range(world)]
+    options = {"seed": 5, "flip": True, "change": lambda x, streams: x + streams.uniform(x.shape)}
+    one = Loader(images(30), 8, **options)
+    many = [Loader(images(30), 8, rank=rank, world=world, **options) for rank in range(world)]
     for step in range(12):
         joined = torch.cat([loader.batch(step)[0] for loader in many])
         assert torch.equal(joined, one.batch(step)[0])

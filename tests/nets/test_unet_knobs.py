@@ -6,6 +6,7 @@ from torch import nn
 
 from undiffuse.nets import UNet
 from undiffuse.nets.blocks import Attention
+from undiffuse.nets.embedding import ImageFourier
 from unets import batch, small
 
 
@@ -74,3 +75,34 @@ def test_glorots_start():
         assert layer.weight.abs().max().item() <= (3 * expected) ** 0.5 * (1 + 1e-6)
         assert not layer.bias.any()
     assert not any(p.any() for layer in (block.conv_2, attention.out, net.last) for p in layer.parameters())
+
+
+def test_the_place_within_a_pixels_value_is_seen_in_bf16():
+    """Value k of 256 dequantised by u is `(k + u) / 128 - 1`: sin and cos of 2^7 pi x tell u, whatever k is."""
+    k = torch.tensor([0.0, 1.0, 77.0, 255.0])[:, None, None, None]
+    u = torch.tensor([0.1, 0.25, 0.6])
+    features = ImageFourier([7, 8])(((k + u) / 128 - 1).double(), torch.full((4,), -torch.inf))
+    assert features.shape == (4, 5, 1, 3)
+    sign = 1 - 2 * (k.double()[:, :, 0] % 2)
+    torch.testing.assert_close(features[:, 1], (sign * (torch.pi * u).sin()).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features[:, 4], (2 * torch.pi * u).cos().expand(4, 1, 3).double(), atol=1e-4, rtol=0)
+
+    x, c = torch.full((2, 1, 8, 8), 0.1 / 128 - 1), torch.full((2,), -6.0)
+    x[1] = 0.24 / 128 - 1
+    for powers in ((), (6, 7)):
+        net = small((1, 8, 8), input_fourier=powers)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            one, other = net(x, c)
+        assert bool((one != other).any()) == bool(powers)
+
+
+def test_a_wave_fades_as_its_mean_over_the_noise_does():
+    """E sin(w (x + s z)) and E cos(w (x + s z)) by quadrature, with noise of a tenth to twice the wave's radian."""
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z.square()) * (z[1] - z[0]) / (2 * torch.pi) ** 0.5
+    x, w = torch.tensor(0.1234, dtype=torch.float64), 2.0**5 * torch.pi
+    for share in (0.1, 1.0, 2.0):
+        s = share / w
+        means = [(density * wave(w * (x + s * z))).sum() for wave in (torch.sin, torch.cos)]
+        seen = ImageFourier([5])(x.reshape(1, 1, 1, 1), torch.tensor([s], dtype=torch.float64).log())
+        torch.testing.assert_close(seen.flatten()[1:], torch.stack(means), atol=1e-9, rtol=0)

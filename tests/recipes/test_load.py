@@ -8,9 +8,11 @@ import yaml
 
 import undiffuse as ud
 from recipes.tiny import image_folder, overrides, parquet
-from undiffuse.core.errors import RecipeError
+from undiffuse.core.errors import ArgumentError, RecipeError
+from undiffuse.data import Loader
 from undiffuse.paths.levels import count_levels, levels_from_data
 from undiffuse.recipes import Recipe, build, list_recipes
+from undiffuse.recipes.build import dequantiser
 from undiffuse.recipes.text import flatten, parse_yaml
 from undiffuse.training import TrainConfig
 
@@ -22,7 +24,7 @@ def data_of(name, tmp_path):
     """Overrides that give a recipe data to read."""
     if name == "folder" or name.startswith("score-sde-celebahq"):
         return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
-    if name in ("mnist", "ebm-mnist", "ncsn-mnist"):
+    if name in ("mnist", "ebm-mnist", "ncsn-mnist") or name.startswith("score-sde-mnist"):
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
     if name == "cifar10" or name.startswith("score-sde-cifar10"):
         return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
@@ -105,7 +107,8 @@ def test_a_marginal_target_knows_the_training_data():
 
 def test_a_marginal_target_on_every_path(tmp_path):
     for name in DENOISERS:
-        chosen = [*overrides(name, data_of(name, tmp_path)), "objective.target=marginal", "data.flip=false"]
+        chosen = [*overrides(name, data_of(name, tmp_path)), "objective.target=marginal"]
+        chosen += ["data.flip=false", "data.dequantise=null"]
         recipe = ud.load_recipe(name, chosen)
         dataset = recipe.data()
         x, cond = dataset.batch(torch.arange(4))
@@ -116,8 +119,31 @@ def test_a_marginal_target_on_every_path(tmp_path):
 def test_a_marginal_target_refuses_mirrored_images():
     with pytest.raises(RecipeError, match=r"'marginal' with data.flip: .* set objective.target to \"conditional\""):
         ud.load_recipe("digits", [*overrides("digits"), "data.flip=true"])
+    with pytest.raises(RecipeError, match=r"'marginal' with data.dequantise"):
+        ud.load_recipe("digits", [*overrides("digits"), "data.dequantise=17"])
     with pytest.raises(RecipeError, match=r"objective\.target = 'margin'"):
         ud.load_recipe("digits", ["objective.target=margin"])
+
+
+def test_values_are_dequantised_where_training_draws_them():
+    """Digits have 17 values: what training sees is `2 (k + u) / 17 - 1`, u uniform, another one at each step."""
+    recipe = ud.load_recipe("ddpm-digits", ["data.dequantise=17"])
+    assert "dequantise" not in ud.load_recipe("ddpm-digits").to_dict()["data"]
+    dataset = recipe.data()
+    plain, dequantised = (Loader(dataset, 64, seed=1, change=f) for f in (None, dequantiser(recipe.settings)))
+    shares = []
+    for step in range(3):
+        k = (plain.batch(step)[0].double() + 1) * 8
+        shares.append((dequantised.batch(step)[0].double() + 1) * 8.5 - k)
+    u = torch.stack(shares).flatten()
+    assert float(u.min()) > -1e-5
+    assert float(u.max()) < 1 + 1e-5
+    # 12,288 uniform numbers: 4 standard errors of the mean and of the mean square.
+    assert abs(float(u.mean()) - 1 / 2) < 4 * (1 / 12 / len(u)) ** 0.5
+    assert abs(float(u.square().mean()) - 1 / 3) < 4 * (4 / 45 / len(u)) ** 0.5
+    assert not torch.allclose(shares[0], shares[1])
+    with pytest.raises(ArgumentError, match="expected 256 levels"):
+        Loader(dataset, 4, change=dequantiser(ud.load_recipe("ddpm-digits", ["data.dequantise=256"]).settings)).batch(0)
 
 
 def test_a_marginal_target_needs_its_data_in_memory(monkeypatch):
@@ -218,7 +244,10 @@ def test_the_edm_weight_takes_the_models_sigma_data_unless_told():
         ("seed=-1", "seed = -1: must be greater than or equal to 0"),
         ("name=A B", "name = 'A B'"),
         ("model.sigma_data=0", "model.sigma_data = 0: must be greater than 0"),
+        ("model.net.input_fourier=[7]", "as 'noise-unscaled' gives it"),
         ("data.flip=1", "data.flip = 1: must be true or false"),
+        ("data.dequantise=1", "data.dequantise = 1: must be the number of values per pixel, 256 for bytes"),
+        ("data.dequantise=true", "data.dequantise = True: must be the number"),
         ("path=3", "path = 3"),
         ("path={sigma_min: 1}", "'name'"),
         ("data=digits", "data = 'digits'"),

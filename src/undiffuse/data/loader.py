@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +94,8 @@ class Loader:
     """This process's share of each global batch: rows [rank B / world, (rank + 1) B / world).
 
     The global batch depends on (seed, step) only: not on the number of processes, and not on where a run was
-    resumed. `flip` mirrors each image left to right with probability 1/2, decided by (seed, position).
+    resumed. `flip` mirrors each image left to right with probability 1/2, decided by (seed, position), as are the
+    random numbers of `change`.
 
     Args:
         dataset: a `Dataset`, or a `StreamingDataset` (which has `batches` and not `batch`).
@@ -103,12 +104,22 @@ class Loader:
         rank: which process this is.
         world: how many there are.
         flip: mirror images at random.
+        change: what becomes of x last, with random numbers of each sample: `change(x, streams)`; None: nothing.
 
     Raises:
         ArgumentError: B does not divide by `world`, or `flip` is asked of what is not an image.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, flip: bool = False):
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        flip: bool = False,
+        change: Callable[[Tensor, Streams], Tensor] | None = None,
+    ):
         _check(batch_size, rank, world)
         if flip and not dataset.is_image:
             raise ArgumentError(
@@ -116,7 +127,7 @@ class Loader:
             )
         kind = MapFeed if hasattr(dataset, "batch") else StreamFeed
         self.feed: Feed = kind(dataset, batch_size, seed, rank, world)
-        self.dataset, self.batch_size, self.flip = dataset, batch_size, flip
+        self.dataset, self.batch_size, self.flip, self.change = dataset, batch_size, flip, change
         self.seed, self.rank, self.world = seed, rank, world
 
     def batch(self, step: int) -> Batch:
@@ -127,12 +138,17 @@ class Loader:
         if step < 0:
             raise ArgumentError(f"step is {step}: expected 0 or more")
         x, cond = self.feed.batch(step)
-        return (self._mirror(x, step), cond) if self.flip else (x, cond)
+        if self.flip:
+            coin = self._streams("flip", x, step).uniform((len(x),)) < 0.5
+            x = torch.where(coin.reshape(-1, 1, 1, 1), x.flip(-1), x)
+        if self.change is not None:
+            x = self.change(x, self._streams("change", x, step))
+        return x, cond
 
-    def _mirror(self, x: Tensor, step: int) -> Tensor:
+    def _streams(self, purpose: str, x: Tensor, step: int) -> Streams:
+        """Random numbers of this share's samples, by their places in the run."""
         first = step * self.batch_size + self.rank * len(x)
-        coin = Streams.of(hash_key(self.seed, "flip"), len(x), first=first).uniform((len(x),)) < 0.5
-        return torch.where(coin.reshape(-1, 1, 1, 1), x.flip(-1), x)
+        return Streams.of(hash_key(self.seed, purpose), len(x), first=first)
 
     def prefetch(self, start: int = 0, stop: int | None = None, depth: int = 2) -> Iterator[Batch]:
         """Batches of steps start, start + 1, ..., stop - 1 (None: no end), made ahead in a thread.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.nets.blocks import Norms, glorot, zero
-from undiffuse.nets.embedding import Cond, Embedding
+from undiffuse.nets.embedding import Cond, Embedding, ImageFourier
 from undiffuse.nets.mlp import event_shape
 from undiffuse.nets.resampling import BOX, Double
 from undiffuse.nets.stages import PROGRESSIVE_OUTPUTS, UP_ATTENTION, Stages
@@ -76,6 +76,9 @@ class UNet(nn.Module):
         progressive_input: the noisy image at every level: "none", "residual" or "input-skip".
         combine: how "input-skip" joins: "sum" or "cat".
         progressive_output: the answer is summed over levels ("output-skip"), or comes from the first ("none").
+        input_fourier: the network also sees sin and cos of `2^n pi x` for these n, the place within one of 256 values
+            (periods of 2 and 1 of them: 7 and 8), which a likelihood needs and bf16 rounds away; see `ImageFourier`.
+            The noise label must be log(sigma / alpha): prediction "noise-unscaled".
         norm_groups: groups of every norm; None: 32, fewer where they would have less than 4 channels.
         norm_eps: added to the variance in every norm.
         dropout: probability, within the residual blocks.
@@ -115,6 +118,7 @@ class UNet(nn.Module):
         progressive_input: str = "none",
         combine: str = "sum",
         progressive_output: str = "none",
+        input_fourier: Sequence[int] = (),
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
@@ -160,7 +164,8 @@ class UNet(nn.Module):
             frequencies=noise_frequencies,
             late_condition=late_condition,
         )
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.fine = ImageFourier(input_fourier)
+        self.first = nn.Conv2d(channels * self.fine.copies, width, 3, padding=1)
         self.inputs = nn.ModuleList()
         self.down, stored = self._way_down(make, width, levels, blocks)
         self.middle = nn.ModuleList([make.stage(bottom, bottom, attend) for attend in (middle_attention, False)])
@@ -234,10 +239,10 @@ class UNet(nn.Module):
             raise ArgumentError(f"x has {x.shape[1]} channels: this U-Net was built for {self.shape[0]}")
         self._check_size(x.shape[2], x.shape[3])
         dtype = self.first.weight.dtype
-        e, h = self.embedding(c_noise, cond).to(dtype), x.to(dtype)
+        e, image, h = self.embedding(c_noise, cond).to(dtype), x.to(dtype), self.fine(x, c_noise).to(dtype)
         if x.device.type == "cpu":  # torch's convolutions are fastest so, whatever the weights' layout
-            h = h.contiguous(memory_format=torch.channels_last)
-        image, changes, h = h, 0, self.first(h)
+            image, h = (z.contiguous(memory_format=torch.channels_last) for z in (image, h))
+        changes, h = 0, self.first(h)
         stored = [h]
         for stage in self.down:
             h = stage(h, e)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from undiffuse.core.memory import GIB, free_memory
 from undiffuse.data.load import load
 from undiffuse.fields import PREDICTIONS, NetworkDenoiser
 from undiffuse.fields.energy import NetworkEnergy
+from undiffuse.inference import dequantise
 from undiffuse.metrics import METRICS
 from undiffuse.nets import DENOISING_NETS, ENERGY_NETS, NETS
 from undiffuse.objectives import TIMES, WEIGHTS, Denoising
@@ -31,6 +32,8 @@ from undiffuse.training import TrainConfig
 FROM_DATA = ("shape", "num_classes", "cond_dim")
 # What the library passes itself: the splits are named by the sections, the seed of training is the recipe's.
 _DATA_OWN = ("split", "progress")
+# Keys of the data that say how they are trained on, not which they are.
+_DATA_HERE = ("flip", "dequantise")
 _TRAINING_OWN = ("seed",)
 # Options that came when there were runs already. Where they are as by default they stay unwritten, so that those runs
 # can be resumed; a default of these may not change.
@@ -45,6 +48,7 @@ _CAME_LATER = {
         "progressive_input",
         "combine",
         "progressive_output",
+        "input_fourier",
         "norm_groups",
         "norm_eps",
         "initial",
@@ -82,7 +86,7 @@ ALL_PATHS: dict[str, Callable[..., Path]] = {
 def option_keys() -> list[str]:
     """Dotted keys of the sections whose contents other rooms define."""
     return [
-        *(f"data.{key}" for key in ["flip", *argument_names(load, _DATA_OWN)]),
+        *(f"data.{key}" for key in [*_DATA_HERE, *argument_names(load, _DATA_OWN)]),
         *(f"training.{key}" for key in argument_names(TrainConfig, _TRAINING_OWN)),
     ]
 
@@ -95,10 +99,16 @@ def check(settings: Settings) -> Settings:
     """
     tree = settings.model_dump()
     data = dict(tree["data"])
-    flip = data.pop("flip", False)
+    flip, dequantise = data.pop("flip", False), data.pop("dequantise", None)
     if not isinstance(flip, bool):
         raise RecipeError(f"data.flip = {flip!r}: must be true or false.")
     tree["data"] = {**complete(load, data, "data", left_out=_DATA_OWN), "flip": flip}
+    if dequantise is not None:  # unwritten where there is none: it came when there were runs already
+        if type(dequantise) is not int or dequantise < 2:
+            raise RecipeError(
+                f"data.dequantise = {dequantise!r}: must be the number of values per pixel, 256 for bytes."
+            )
+        tree["data"]["dequantise"] = dequantise
     nets = ENERGY_NETS if energies.is_energy(settings) else DENOISING_NETS
     tree["model"]["net"] = _written(resolve(nets, tree["model"]["net"], "network", "model.net", later=("shape",)))
     tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
@@ -138,14 +148,20 @@ def _check_denoiser(tree: dict[str, Any]) -> None:
             f"objective.weight). For an energy, set model.kind to energy; its objectives: "
             f"{', '.join(energies.OBJECTIVES)}"
         )
-    if tree["objective"].get("target") == "marginal" and tree["data"]["flip"]:
+    changed = next((key for key in _DATA_HERE if tree["data"].get(key)), None)
+    if tree["objective"].get("target") == "marginal" and changed:
         raise RecipeError(
-            f"objective.target = 'marginal' with data.flip: mirrored images are not in the data; {_USUAL}"
+            f"objective.target = 'marginal' with data.{changed}: such images are not in the data; {_USUAL}"
         )
     if tree["sampling"].get("initial") is not None:
         raise RecipeError("sampling.initial: samples of a denoiser start from the path's own law; leave it out")
     tree["path"] = resolve(ALL_PATHS, tree["path"], "path", "path")
     known(PREDICTIONS, model["prediction"], "prediction", "model.prediction")
+    if model["net"].get("input_fourier") and model["prediction"] != "noise-unscaled":
+        raise RecipeError(
+            f"model.net.input_fourier with model.prediction = {model['prediction']!r}: it takes the noise label for "
+            "log(sigma / alpha), as 'noise-unscaled' gives it"
+        )
     shared = {"sigma_data": model["sigma_data"]}
     for key, table, what in (("time", TIMES, "time distribution"), ("weight", WEIGHTS, "weight")):
         tree["objective"][key] = resolve(table, tree["objective"][key], what, f"objective.{key}", shared=shared)
@@ -221,9 +237,15 @@ def resolve_solver(settings: Settings, choice: Mapping[str, Any], where: str) ->
 
 def data(settings: Settings, split: str, progress: Callable[[int, int], None] | None = None) -> Any:
     """A split of the data; without its labels where the model is not conditional."""
-    options = {key: value for key, value in settings.data.items() if key != "flip"}
+    options = {key: value for key, value in settings.data.items() if key not in _DATA_HERE}
     dataset = load(**options, split=split, progress=progress)
     return dataset if settings.model.conditional else Unlabelled(dataset)
+
+
+def dequantiser(settings: Settings) -> Callable[..., Any] | None:
+    """What makes values densities while they are trained on (`data.dequantise`); None: they stay as they are."""
+    levels = settings.data.get("dequantise")
+    return None if levels is None else partial(dequantise, levels=levels)
 
 
 def facts(dataset: Any) -> FactsSection:

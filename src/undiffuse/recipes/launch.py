@@ -13,6 +13,7 @@ from torch import nn
 
 from undiffuse.core.errors import RecipeError, RunError
 from undiffuse.data import Loader
+from undiffuse.recipes import build
 from undiffuse.recipes.chains import EnergySampler, sampler_of
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.generate import Sampler, write_arrays
@@ -74,6 +75,7 @@ def train(
             rank=world.rank,
             world=world.size,
             flip=recipe.settings.data["flip"],
+            change=build.dequantiser(recipe.settings),
         )
         folder = _open_folder(recipe, run, world)
         here = Run(folder, recipe)
