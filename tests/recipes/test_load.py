@@ -22,7 +22,7 @@ def data_of(name, tmp_path):
     """Overrides that give a recipe data to read."""
     if name == "folder":
         return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
-    if name in ("mnist", "ebm-mnist", "ncsn-mnist"):
+    if name in ("mnist", "ebm-mnist", "ncsn-mnist", "classifier-mnist"):
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
     if name == "cifar10":
         return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
@@ -41,6 +41,8 @@ def test_the_promised_recipes_are_there():
         "ncsn-mnist",
         "score-sde-digits",
         "flow-digits",
+        "classifier-digits",
+        "classifier-mnist",
     } <= set(ALL)
 
 
@@ -247,7 +249,7 @@ def test_a_file_of_ones_own(tmp_path):
     ("name", "says"),
     [
         ("digit", "Did you mean 'digits'?"),
-        ("zzz", "Known: cifar10, ddpm-digits, digits"),
+        ("zzz", "Known: cifar10, classifier-digits, classifier-mnist, ddpm-digits, digits"),
         ("no/such.yaml", "no recipe file"),
         ("digits.yml", "no recipe file"),
     ],
