@@ -38,9 +38,7 @@ Classifier = Annotated[
     str | None,
     typer.Option(metavar="RUN", help="Run of a classifier of noisy data: guides an unconditional model to --label."),
 ]
-ClassifierScale = Annotated[
-    float | None, typer.Option(help="Of the classifier's gradient. Default: 1, which draws from the class.")
-]
+ClassifierScale = Annotated[float | None, typer.Option(help="Of the classifier's gradient. Default: 1, Bayes' rule.")]
 
 MOST_SEEDS = 100_000_000
 _PART = re.compile(r"(\d+)(?:-(\d+))?")
