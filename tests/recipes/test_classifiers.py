@@ -104,6 +104,8 @@ def test_every_default_is_written_and_read_again():
         ("objective.time={name: log-normal, std: 0}", "std is 0"),
         ("sampling.solver=heun", "sampling.solver: a classifier draws no samples; leave it out"),
         ("sampling.steps=7", "sampling.steps: a classifier draws no samples"),
+        ("sampling.initial=normal", "sampling.initial: a classifier draws no samples"),
+        ("sampling.precision=bf16", "sampling.precision: a classifier draws no samples"),
         ("evaluation.grid=time", "evaluation.grid: a classifier draws no samples"),
         ("training.sample_every=1", "training.sample_every: a classifier draws no samples"),
         ("training.cond_dropout=0.1", "training.cond_dropout: the classes are what a classifier learns"),

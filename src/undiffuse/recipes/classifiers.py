@@ -1,4 +1,4 @@
-"""What a recipe of a classifier of noisy data is made of, and how a trained one guides a denoiser."""
+"""What a recipe of a classifier of noisy data is made of."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ METRICS = {
     "cross-entropy": "-log p(c | x_t) of held-out data at the times of training, nats",
     "accuracy": "share of them whose likeliest class is theirs, by noise level",
 }
-# Keys of `sampling` that mean something where no samples are drawn: which weights to take, and how.
-_OF_SAMPLING = ("ema", "batch", "precision")
+# Keys of `sampling` that mean something where no samples are drawn: which weights, and how many rows at a time.
+_OF_SAMPLING = ("ema", "batch")
 
 
 def check_classifier(tree: dict[str, Any], settings: Settings) -> None:
@@ -60,8 +60,8 @@ def _named(value: Any) -> dict[str, Any]:
 def _refuse_sampling(tree: dict[str, Any]) -> None:
     """What a classifier has no use for, where it is not as by default."""
     usual = SamplingSection().model_dump()
-    given = [f"sampling.{key}" for key, value in usual.items() if tree["sampling"].get(key) != value]
-    given = [key for key in given if key.removeprefix("sampling.") not in _OF_SAMPLING]
+    asked = {key: value for key, value in tree["sampling"].items() if key not in _OF_SAMPLING}
+    given = [f"sampling.{key}" for key, value in asked.items() if value != usual.get(key)]
     given += [f"evaluation.{key}" for key in ("solver", "steps", "grid") if tree["evaluation"][key] is not None]
     given += ["training.sample_every"] if tree["training"]["sample_every"] is not None else []
     if given:
