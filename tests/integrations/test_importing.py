@@ -16,7 +16,7 @@ from undiffuse.integrations.diffusers import diffusers
 from undiffuse.integrations.edm import edm
 from undiffuse.integrations.guided_diffusion import guided_diffusion, read_flags
 from undiffuse.integrations.score_sde import CONFIGS, score_sde
-from undiffuse.recipes.build import ALL_PATHS
+from undiffuse.recipes.paths import ALL_PATHS
 
 SIGMAS = torch.tensor([0.3, 20.0])
 STEPS = torch.tensor([3, 997])

@@ -12,7 +12,7 @@ from undiffuse.core.errors import ArgumentError, RecipeError
 from undiffuse.data import Loader
 from undiffuse.paths.levels import count_levels, levels_from_data
 from undiffuse.recipes import Recipe, build, list_recipes
-from undiffuse.recipes.build import dequantiser
+from undiffuse.recipes.datasets import dequantiser
 from undiffuse.recipes.text import flatten, parse_yaml
 from undiffuse.training import TrainConfig
 
@@ -24,7 +24,7 @@ def data_of(name, tmp_path):
     """Overrides that give a recipe data to read."""
     if name == "folder" or name.startswith("score-sde-celebahq"):
         return [f"data.path={image_folder(tmp_path / 'images')}", "data.size=16"]
-    if name in ("mnist", "ebm-mnist", "ncsn-mnist") or name.startswith("score-sde-mnist"):
+    if name in ("mnist", "ebm-mnist", "ncsn-mnist", "classifier-mnist") or name.startswith("score-sde-mnist"):
         return [f"data.path={parquet(tmp_path / 'mnist', 'image', (28, 28))}"]
     if name == "cifar10" or name.startswith("score-sde-cifar10"):
         return [f"data.path={parquet(tmp_path / 'cifar', 'image', (32, 32, 3))}"]
@@ -46,6 +46,8 @@ def test_the_promised_recipes_are_there():
         "score-sde-digits-vp",
         "score-sde-digits-subvp",
         "flow-digits",
+        "classifier-digits",
+        "classifier-mnist",
     } <= set(ALL)
 
 
@@ -323,7 +325,7 @@ def test_a_recipe_that_extends_has_a_name_of_its_own(tmp_path):
     ("name", "says"),
     [
         ("digit", "Did you mean 'digits'?"),
-        ("zzz", "Known: cifar10, ddpm-digits, digits"),
+        ("zzz", "Known: cifar10, classifier-digits, classifier-mnist, ddpm-digits, digits"),
         ("no/such.yaml", "no recipe file"),
         ("digits.yml", "no recipe file"),
     ],

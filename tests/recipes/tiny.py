@@ -22,13 +22,14 @@ UNET = [
 ]
 MLP = ["model.net.hidden=16", "model.net.layers=1"]
 CHAINS = ["objective.steps=2", "objective.start.size=64"]
-NET = {"gaussians": MLP, "ebm-ring": MLP, "ebm-mnist": ["model.net.width=4", *CHAINS]}
+CLASSIFIERS = {name: ["model.net.width=4"] for name in ("classifier-digits", "classifier-mnist")}
+NET = {"gaussians": MLP, "ebm-ring": MLP, "ebm-mnist": ["model.net.width=4", *CHAINS], **CLASSIFIERS}
 SAMPLING = ["sampling.n=4", "sampling.steps=3", "sampling.batch=64"]
 
 
 def overrides(name: str, data: list[str] | None = None) -> list[str]:
     """What makes a recipe tiny."""
-    return [*STEP, *NET.get(name, UNET), *SAMPLING, *(data or [])]
+    return [*STEP, *NET.get(name, UNET), *([] if name in CLASSIFIERS else SAMPLING), *(data or [])]
 
 
 def png(pixels: np.ndarray) -> bytes:

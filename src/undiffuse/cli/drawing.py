@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from undiffuse.cli.console import Console
+from undiffuse.cli.guiding import Guide, check_label
 from undiffuse.cli.options import parse_corrector, parse_solver, write_seeds
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
-from undiffuse.core.errors import ArgumentError, RunError
-from undiffuse.recipes.chains import EnergySampler, sampler_of
+from undiffuse.core.errors import ArgumentError
+from undiffuse.guidance import ClassifierGuidance
+from undiffuse.recipes.chains import SAMPLERS, EnergySampler, sampler_of
 from undiffuse.recipes.generate import Sampler
-from undiffuse.recipes.run import Run
-from undiffuse.recipes.schema import FactsSection
+from undiffuse.recipes.guided import guided_settings, other_data
+from undiffuse.recipes.run import Run, load_run
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -41,18 +43,7 @@ class How:
     step: int | None = None
     device: str = "auto"
     corrector: str | None = None
-
-
-def facts_of(run: Run) -> FactsSection:
-    """What the data of a run are.
-
-    Raises:
-        RunError: its recipe was not written by training.
-    """
-    facts = run.recipe.settings.facts
-    if facts is None:
-        raise RunError(f"{run.folder / 'recipe.yaml'} has no facts: it was not written by training")
-    return facts
+    guide: Guide | None = None
 
 
 def seal_of(saved: Checkpoint) -> str:
@@ -62,18 +53,30 @@ def seal_of(saved: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model ready to sample, and what identifies it."""
+    """A trained model ready to sample, and what identifies it; `guide` identifies the classifier that guides it."""
 
     run: Run
     sampler: Sampler | EnergySampler
     ema: str
     step: int
     seal: str = field(repr=False)
+    guide: dict[str, Any] | None = None
+    note: str | None = None
 
     @classmethod
     def load(cls, run: Run, how: How, changes: dict[str, Any] | None = None) -> Model:
-        """The model of a run; `changes` come between the recipe's `sampling` and the command's options."""
-        settings = run.recipe.settings
+        """The model of a run; `changes` come between the recipe's `sampling` and the command's options.
+
+        Raises:
+            RunError: the run trained what draws no samples. ArgumentError: an option that does not fit the run.
+        """
+        settings, other, note = run.recipe.settings, None, None
+        if settings.kind not in SAMPLERS:
+            run.expect("denoiser")
+        if how.guide is not None:
+            other = load_run(how.guide.run)
+            settings, note = guided_settings(run, other), other_data(run, other)
+            check_label(how.label, other.facts.num_classes or 0)
         if how.grid is not None and run.recipe.kind == "energy":
             raise ArgumentError(f"--grid {how.grid}: {run.folder} is an energy; its chains have no grid of times")
         if how.corrector is not None and run.recipe.kind == "energy":
@@ -81,6 +84,9 @@ class Model:
         saved = load_checkpoint(run.folder, how.step)
         ema = run.average(how.ema, saved.step)
         model = run.model(ema, saved.step, how.device)
+        guide = None
+        if how.guide is not None and other is not None:
+            model, guide = _guided(model, other, how.guide.scale, how.device)
         given = {
             "solver": parse_solver(how.solver, settings),
             "steps": how.steps,
@@ -90,7 +96,7 @@ class Model:
         }
         wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
         sampler = sampler_of(model, settings, label=how.label, **wanted)
-        return cls(run, sampler, ema, saved.step, seal_of(saved))
+        return cls(run, sampler, ema, saved.step, seal_of(saved), guide, note)
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
@@ -100,7 +106,7 @@ class Model:
         else:  # said where there is any, so that folders of samples made before there were correctors are still theirs
             more = {"corrector": sampler.corrector, "denoise": sampler.denoise}
             more = {key: value for key, value in more.items() if value}
-        return more | {
+        made = more | {
             "weights": self.seal,
             "ema": self.ema,
             "step": self.step,
@@ -110,6 +116,7 @@ class Model:
             "label": sampler.label,
             "precision": sampler.precision,
         }
+        return made | ({} if self.guide is None else {"classifier": self.guide})
 
     @property
     def grid(self) -> str:
@@ -127,6 +134,15 @@ class Model:
         key = hashlib.sha256(json.dumps([self.settings(), text, kind]).encode()).hexdigest()[:8]
         short = text if len(text) <= 24 else f"{len(seeds)}-seeds"
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
+
+
+def _guided(denoiser: Any, other: Run, scale: float, device: str) -> tuple[ClassifierGuidance, dict[str, Any]]:
+    """The denoiser guided by the newest classifier of a run, and what identifies that."""
+    saved = load_checkpoint(other.folder)
+    ema = other.average(None, saved.step)
+    model = ClassifierGuidance(denoiser, other.classifier(ema, saved.step, device), scale)
+    told = {"recipe": other.recipe.name, "weights": seal_of(saved), "ema": ema, "step": saved.step}
+    return model, told | {"scale": scale}
 
 
 @dataclass(frozen=True)

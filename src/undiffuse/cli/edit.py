@@ -44,6 +44,8 @@ def edit(
         int | None,
         typer.Option(help="Class of all results, -1 for none. Needed where the model never saw data without one."),
     ] = None,
+    classifier: options.Classifier = None,
+    classifier_scale: options.ClassifierScale = None,
     solver: Annotated[str | None, typer.Option(help=f"Solver. Default: {SOLVER}.")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Solver steps. Default: {STEPS}.")] = None,
     batch_size: options.BatchSize = None,
@@ -66,24 +68,28 @@ def edit(
     Examples:
       undiffuse edit mnist inpaint seven.png --box 8,8,20,20 --label 7
       undiffuse edit mnist inpaint seven.png --mask half.png --label 7 --resample 5 --n 8
+      undiffuse edit runs/plain inpaint seven.png --box 2,2,6,6 --classifier classifier-digits --label 7
       undiffuse edit cifar10 colourise grey.png --label 3
       undiffuse edit runs/faces super-resolve small.png --out large
     """
     stems = _check(images, mask, n, seed, out)
     from undiffuse.cli.drawing import How, Model
-    from undiffuse.recipes import load_run
+    from undiffuse.cli.guiding import guide_of, say_guide
+    from undiffuse.recipes.run import USES, load_run
 
     found = load_run(run)
-    if found.recipe.kind == "energy":
-        raise ArgumentError(f"{found.folder} trained an energy; edit needs a denoiser")
+    if found.recipe.kind != "denoiser":
+        raise ArgumentError(f"{found.folder} trained {USES[found.recipe.kind][0]}; edit needs a denoiser")
     defaults = {"solver": {"name": SOLVER}, "steps": STEPS, "corrector": {"name": "none"}, "denoise": False}
-    model = Model.load(found, How(solver, steps, None, batch_size, label, ema, step, device), defaults)
+    how = How(solver, steps, None, batch_size, label, ema, step, device, guide=guide_of(classifier, classifier_scale))
+    model = Model.load(found, how, defaults)
     _check_label(model, label)
     work = _task(task, images, model.sampler.facts, mask, box)
     settings = model.settings() | {"task": task, "n": n, "seed": seed, "resample": resample, "grid": None}
     folder = out or model.run.folder / "samples" / f"edit-{task}-{_key(settings, work)}"
     screen = Console(json, quiet)
     screen.say(f"{task}: {len(images)} pictures, {n} results each; {model.run.folder} (step {model.step}), {folder}")
+    say_guide(model.guide, model.note, screen)
     results = _draw(model, work, [seed + i for i in range(n)], resample, screen)
     files = _write(folder, stems, seed, work.given, results)
     screen.say(f"wrote {len(files)} files, first {files[0]}")

@@ -20,7 +20,7 @@ from undiffuse.cli.console import Console
 from undiffuse.cli.drawing import PATIENCE, seal_of
 from undiffuse.cli.measuring import append_lines, load_changed
 from undiffuse.cli.shards import ALIVE, mine, open_folder
-from undiffuse.core.errors import DataError, RunError, choose
+from undiffuse.core.errors import DataError, choose
 from undiffuse.core.random import Streams
 from undiffuse.fields import Denoiser
 from undiffuse.inference import VariationalDequantiser, bits_per_dim, dequantise, log_likelihood
@@ -110,9 +110,7 @@ class Job:
 
     def _dataset(self, loaded: Run, split: str) -> Any:
         dataset = loaded.recipe.data(split)
-        facts = loaded.recipe.settings.facts
-        if facts is None:
-            raise RunError(f"{loaded.folder / 'recipe.yaml'} has no facts: it was not written by training")
+        facts = loaded.facts
         if not hasattr(dataset, "batch"):
             raise DataError("these data are streamed: a likelihood needs data whose rows can be counted")
         if tuple(dataset.shape) != tuple(facts.shape):

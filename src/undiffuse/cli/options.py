@@ -38,6 +38,11 @@ CorrectorName = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
+Classifier = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Run of a classifier of noisy data: guides an unconditional model to --label."),
+]
+ClassifierScale = Annotated[float | None, typer.Option(help="Of the classifier's gradient. Default: 1, Bayes' rule.")]
 
 MOST_SEEDS = 100_000_000
 _PART = re.compile(r"(\d+)(?:-(\d+))?")

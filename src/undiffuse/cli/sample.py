@@ -29,6 +29,8 @@ def sample(
     label: Annotated[
         int | None, typer.Option(help="Class of all samples, -1 for none. Default: seed mod number of classes.")
     ] = None,
+    classifier: options.Classifier = None,
+    classifier_scale: options.ClassifierScale = None,
     solver: options.SolverName = None,
     corrector: options.CorrectorName = None,
     steps: options.Steps = None,
@@ -56,15 +58,18 @@ def sample(
       undiffuse sample digits --seeds 0-9 --label 3 --solver heun --steps 10
       undiffuse sample digits --solver reverse-diffusion --corrector langevin:snr=0.1 --steps 50
       undiffuse sample runs/cifar10-20260101-120000 --seeds 0-49999 --format npz --out samples
+      undiffuse sample runs/plain --classifier classifier-digits --label 3
       torchrun --nproc-per-node 8 -m undiffuse.cli sample cifar10 --seeds 0-49999 --format png
     """
     wanted = options.parse_seeds(seeds)
     _check_format(format, len(wanted), out)
     from undiffuse.cli.drawing import How, Model, draw
+    from undiffuse.cli.guiding import guide_of, say_guide
     from undiffuse.recipes import load_run
 
     screen = Console(json, quiet)
-    how = How(solver, steps, grid, batch_size, label, ema, step, device, corrector)
+    guide = guide_of(classifier, classifier_scale)
+    how = How(solver, steps, grid, batch_size, label, ema, step, device, corrector, guide)
     model = Model.load(load_run(run), how)
     shape = model.sampler.facts.shape
     drawable = model.sampler.facts.image or shape == [2]
@@ -75,6 +80,7 @@ def sample(
         f"{len(wanted):,} samples of {model.run.folder} (step {model.step}, weights {model.ema}): "
         f"{model.sampler.said}, {model.sampler.steps} steps, {model.nfe} network calls each"
     )
+    say_guide(model.guide, model.note, screen)
     done = draw(model, wanted, folder, format, screen)
     if not is_lead():
         return

@@ -60,9 +60,9 @@ def train(
     screen.result({"run": str(done.folder), "step": result.step, "seconds": result.seconds, "stopped": result.stopped})
     if result.stopped:
         raise typer.Exit(exit_code_of(arrived))
-    screen.say(
-        f"next:\n  undiffuse sample {done.folder}\n  undiffuse evaluate {done.folder}\n  undiffuse report {done.folder}"
-    )
+    draws = f"undiffuse sample {done.folder}", f"undiffuse evaluate {done.folder}", f"undiffuse report {done.folder}"
+    reads = f"undiffuse evaluate {done.folder}", f"undiffuse sample RUN --classifier {done.folder} --label 0"
+    screen.say("\n  ".join(["next:", *(reads if done.recipe.kind == "classifier" else draws)]))
 
 
 def resume_command(run: Run, recipe: str, changes: list[str] | None) -> str:

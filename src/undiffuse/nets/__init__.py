@@ -16,12 +16,14 @@ from undiffuse.nets.mlp import MLP
 from undiffuse.nets.presets import PRESETS, preset
 from undiffuse.nets.unet import UNet
 
-# What answers with an event, and what answers with one number per sample.
+# What answers with an event, with one number per sample, and with one per class.
 DENOISING_NETS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
 ENERGY_NETS: dict[str, type[nn.Module]] = {"energy-mlp": EnergyMLP, "energy-conv": EnergyConv}
-NETS: dict[str, type[nn.Module]] = {**DENOISING_NETS, **ENERGY_NETS}
+CLASSIFIER_NETS: dict[str, type[nn.Module]] = {"classifier-mlp": ClassifierMLP, "classifier-conv": ClassifierConv}
+NETS: dict[str, type[nn.Module]] = {**DENOISING_NETS, **ENERGY_NETS, **CLASSIFIER_NETS}
 
 __all__ = [
+    "CLASSIFIER_NETS",
     "DENOISING_NETS",
     "ENERGY_NETS",
     "MLP",

@@ -106,13 +106,17 @@ class EnergySampler(BySeed):
         return [(f"step {i + 1}", states[i]) for i in spread(len(states), frames).tolist()]
 
 
+SAMPLERS: dict[str, type[Sampler] | type[EnergySampler]] = {"denoiser": Sampler, "energy": EnergySampler}
+
+
 def sampler_of(model: Any, settings: Settings, **changes: Any) -> Sampler | EnergySampler:
     """A sampler of a trained recipe's model, as its `sampling` says but for `changes`.
 
     Raises:
-        RunError: the recipe has no facts.
+        RunError: the recipe has no facts, or trains what draws no samples.
     """
+    if settings.kind not in SAMPLERS:
+        raise RunError(f"recipe '{settings.name}' trains a {settings.kind}, which draws no samples")
     if settings.facts is None:
         raise RunError(f"recipe '{settings.name}' has no facts: it was not written by training")
-    kind = EnergySampler if energies.is_energy(settings) else Sampler
-    return kind.of(model, settings.facts, settings.sampling, **changes)
+    return SAMPLERS[settings.kind].of(model, settings.facts, settings.sampling, **changes)

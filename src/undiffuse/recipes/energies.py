@@ -21,7 +21,7 @@ from undiffuse.objectives.starts import INITIAL, STARTS, FromNoise
 from undiffuse.oracles.gaussian import Gaussian
 from undiffuse.recipes.arguments import argument_names, complete, unknown_key
 from undiffuse.recipes.correctors import refuse_correctors
-from undiffuse.recipes.schema import EnergySection, FactsSection, Settings
+from undiffuse.recipes.schema import FactsSection, Settings
 from undiffuse.recipes.tables import known, make
 from undiffuse.solvers import KERNELS, Kernel
 from undiffuse.solvers.tempering import ParallelTempering
@@ -114,12 +114,12 @@ def make_deep(table: Table, choice: Choice, what: str, where: str, said: FactsSe
 # ---------------------------------------------------------------- the sections
 
 
-def check_energy(tree: Choice, sampling_given: set[str]) -> Choice:
-    """The sections of an energy's recipe, resolved.
+def check_energy(tree: Choice, settings: Settings) -> None:
+    """The sections of an energy's recipe, resolved in place.
 
     Args:
         tree: a recipe whose `model` is an energy.
-        sampling_given: keys of `sampling` that the recipe writes itself.
+        settings: the same, which know the keys that the recipe writes itself.
 
     Raises:
         RecipeError: a path, a grid, a corrector, an objective that trains denoisers; see `resolve_deep`.
@@ -134,7 +134,7 @@ def check_energy(tree: Choice, sampling_given: set[str]) -> Choice:
     objective = tree["objective"] = resolve_deep(OBJECTIVES, tree["objective"], "objective", "objective")
     refuse_correctors(tree)
     sampling = tree["sampling"]
-    if "solver" not in sampling_given:
+    if "solver" not in settings.sampling.model_fields_set:
         if objective.get("kernel") is None:
             raise RecipeError(
                 f"'sampling.solver' is required with objective '{objective['name']}': one of {', '.join(KERNELS)}"
@@ -148,7 +148,6 @@ def check_energy(tree: Choice, sampling_given: set[str]) -> Choice:
             raise RecipeError(f"{name}.grid: chains of an energy have no grid of times; leave it out")
         if tree[name]["solver"] is not None:
             tree[name]["solver"] = resolve_deep(KERNELS, tree[name]["solver"], "kernel", f"{name}.solver")
-    return tree
 
 
 def _initial_of(tree: Choice) -> Choice:
@@ -182,8 +181,3 @@ def objective(settings: Settings) -> Any:
     choice = settings.objective
     assert isinstance(choice, dict)
     return make_deep(OBJECTIVES, choice, "objective", "objective", settings.facts)
-
-
-def is_energy(settings: Settings) -> bool:
-    """Whether a recipe trains an energy."""
-    return isinstance(settings.model, EnergySection)

@@ -13,8 +13,8 @@ from torch import nn
 
 from undiffuse.core.errors import RecipeError, RunError
 from undiffuse.data import Loader
-from undiffuse.recipes import build
 from undiffuse.recipes.chains import EnergySampler, sampler_of
+from undiffuse.recipes.datasets import dequantiser
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.generate import Sampler, write_arrays
 from undiffuse.recipes.load import load_recipe
@@ -75,7 +75,7 @@ def train(
             rank=world.rank,
             world=world.size,
             flip=recipe.settings.data["flip"],
-            change=build.dequantiser(recipe.settings),
+            change=dequantiser(recipe.settings),
         )
         folder = _open_folder(recipe, run, world)
         here = Run(folder, recipe)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from undiffuse.core.random import hash_key
-from undiffuse.fields import NetworkDenoiser
+from undiffuse.fields import NetworkClassifier, NetworkDenoiser
 from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.paths import Path
-from undiffuse.recipes import build
-from undiffuse.recipes.energies import is_energy
+from undiffuse.recipes import build, datasets
 from undiffuse.recipes.schema import ObjectiveSection, Settings, parse_settings
 from undiffuse.recipes.text import dump_tree
 from undiffuse.training import TrainConfig
@@ -21,7 +20,7 @@ from undiffuse.training import TrainConfig
 class Recipe:
     """A point on the axes data x path x model x objective x training x sampling; see `load_recipe`.
 
-    A recipe trains a denoiser on a path, or an energy, which has none.
+    A recipe trains a denoiser or a classifier on a path, or an energy, which has none.
 
     Args:
         settings: the sections, checked; read them as `recipe.settings.sampling.steps`.
@@ -62,8 +61,8 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """What it trains: "denoiser" or "energy"."""
-        return "energy" if is_energy(self.settings) else "denoiser"
+        """What it trains: "denoiser", "energy" or "classifier"."""
+        return self.settings.kind
 
     def path(self) -> Path:
         """How data become noise.
@@ -97,7 +96,7 @@ class Recipe:
         Raises:
             DataError: missing, unreadable, of mixed sizes. ArgumentError: unknown source, split, or option.
         """
-        return build.data(self.settings, split, progress)
+        return datasets.data(self.settings, split, progress)
 
     def resolved(self, dataset: Any = None) -> Recipe:
         """The recipe with what the data say written out: shape, classes, and the network's arguments for them.
@@ -111,11 +110,11 @@ class Recipe:
         """
         if self.settings.facts is not None and dataset is None:
             return self
-        facts = build.facts(self.data() if dataset is None else dataset)
+        facts = datasets.facts(self.data() if dataset is None else dataset)
         model = self.settings.model.model_copy(update={"net": build.net_arguments(self.settings, facts)})
         return Recipe(self.settings.model_copy(update={"facts": facts, "model": model}))
 
-    def model(self, dataset: Any = None) -> NetworkDenoiser | NetworkEnergy:
+    def model(self, dataset: Any = None) -> NetworkDenoiser | NetworkEnergy | NetworkClassifier:
         """The untrained model; its initial weights are a function of the recipe's seed.
 
         Raises:

@@ -6,20 +6,33 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from undiffuse.core.errors import ArgumentError, RecipeError, RunError, nearest
-from undiffuse.fields import NetworkDenoiser
+from undiffuse.fields import NetworkClassifier, NetworkDenoiser
 from undiffuse.fields.energy import NetworkEnergy
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
+from undiffuse.recipes.schema import FactsSection
 from undiffuse.training import Checkpoint, TrainResult, list_checkpoints, load_checkpoint, rebuild
 from undiffuse.training.state import restore_module
 
 RUNS = Path("runs")
+# What a run trained, in words, and what to do with it.
+USES = {
+    "denoiser": (
+        "a denoiser",
+        "use run.denoiser(); its score at one time, as of an energy, is undiffuse.fields.energy.DenoiserAt",
+    ),
+    "energy": ("an energy", "use run.energy()"),
+    "classifier": (
+        "a classifier",
+        "use run.classifier(), or guide the samples of a denoiser by it: undiffuse sample RUN --classifier {folder}",
+    ),
+}
 _STAMPED = re.compile(r"(?P<name>.+)-(?P<stamp>\d{8}-\d{6})(?:-(?P<count>\d+))?")
 
 
@@ -97,6 +110,18 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
+    @property
+    def facts(self) -> FactsSection:
+        """What its data are.
+
+        Raises:
+            RunError: its recipe was not written by training.
+        """
+        facts = self.recipe.settings.facts
+        if facts is None:
+            raise RunError(f"{self.folder / 'recipe.yaml'} has no facts: it was not written by training")
+        return facts
+
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints, ascending."""
         return list_checkpoints(self.folder)
@@ -138,12 +163,10 @@ class Run:
 
         Raises:
             CheckpointError: no such checkpoint or average, or one that is damaged (a whole one is offered).
-            ArgumentError: a device that is not there. RunError: the run trained an energy.
+            ArgumentError: a device that is not there. RunError: the run trained something else.
         """
-        model = self.model(ema, step, device)
-        if not isinstance(model, NetworkDenoiser):
-            raise RunError(f"{self.folder} trained an energy, no denoiser: use run.energy()")
-        return model
+        self.expect("denoiser")
+        return cast(NetworkDenoiser, self.model(ema, step, device))
 
     def energy(
         self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
@@ -151,25 +174,41 @@ class Run:
         """The trained energy; arguments and errors as of `denoiser`.
 
         Raises:
-            RunError: the run trained a denoiser.
+            RunError: the run trained something else.
         """
-        model = self.model(ema, step, device)
-        if not isinstance(model, NetworkEnergy):
-            raise RunError(
-                f"{self.folder} trained a denoiser, no energy: use run.denoiser(); its score at one time is "
-                "undiffuse.fields.energy.DenoiserAt"
-            )
-        return model
+        self.expect("energy")
+        return cast(NetworkEnergy, self.model(ema, step, device))
+
+    def classifier(
+        self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
+    ) -> NetworkClassifier:
+        """The trained classifier of noisy data; arguments and errors as of `denoiser`.
+
+        Raises:
+            RunError: the run trained something else.
+        """
+        self.expect("classifier")
+        return cast(NetworkClassifier, self.model(ema, step, device))
+
+    def expect(self, kind: str) -> None:
+        """Refuse a run of another kind than "denoiser", "energy" or "classifier".
+
+        Raises:
+            RunError: says what it trained, and what that is for.
+        """
+        trained = self.recipe.kind
+        if trained != kind:
+            what, use = USES[trained]
+            raise RunError(f"{self.folder} trained {what}, no {kind}: {use.format(folder=self.folder)}")
 
     def model(
         self, ema: str | float | None = None, step: int | None = None, device: str | torch.device | None = "cpu"
-    ) -> NetworkDenoiser | NetworkEnergy:
+    ) -> NetworkDenoiser | NetworkEnergy | NetworkClassifier:
         """Whatever was trained; arguments and errors as of `denoiser`."""
         place = pick_device(device)
         saved = load_checkpoint(self.folder, step)
         name = self.average(ema, saved.step)
-        if self.recipe.settings.facts is None:
-            raise RunError(f"{self.folder / 'recipe.yaml'} has no facts: it was not written by training")
+        _ = self.facts
         model = self.recipe.model()
         restore_module(model, self._weights(saved, name), saved.folder)
         if self.recipe.train_config().channels_last:  # as it was trained: convolutions are faster so

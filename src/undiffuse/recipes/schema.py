@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -75,6 +75,15 @@ class EnergySection(Section):
     conditional: bool = False
 
 
+class ClassifierSection(Section):
+    """A classifier of noisy data, `kind: classifier`: the network. It always takes the labels: it learns them."""
+
+    conditional: ClassVar[bool] = True
+
+    kind: Literal["classifier"]
+    net: Choice
+
+
 class ObjectiveSection(Section):
     """Denoising: where training looks (`time`), how much it cares (`weight`), and at what it aims (`target`).
 
@@ -92,13 +101,17 @@ class ObjectiveSection(Section):
 
 
 # Sections of which there are several kinds: how their values tell which.
-KINDS = ("denoiser", "energy")
+KINDS: dict[str, type[Section]] = {
+    "denoiser": ModelSection,
+    "energy": EnergySection,
+    "classifier": ClassifierSection,
+}
 DENOISING = "denoising"
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, BaseModel):
-        return "energy" if isinstance(value, EnergySection) else "denoiser"
+        return getattr(value, "kind", "denoiser")
     return value.get("kind", "denoiser") if isinstance(value, dict) else "denoiser"
 
 
@@ -119,7 +132,9 @@ def _without(key: str, default: str) -> BeforeValidator:
 
 
 Model = Annotated[
-    Annotated[ModelSection, _without("kind", "denoiser"), Tag("denoiser")] | Annotated[EnergySection, Tag("energy")],
+    Annotated[ModelSection, _without("kind", "denoiser"), Tag("denoiser")]
+    | Annotated[EnergySection, Tag("energy")]
+    | Annotated[ClassifierSection, Tag("classifier")],
     Discriminator(_kind, custom_error_type="kind", custom_error_message=f"one of {', '.join(KINDS)} in 'model.kind'"),
 ]
 Objective = Annotated[
@@ -208,10 +223,15 @@ class Settings(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     facts: FactsSection | None = None
 
+    @property
+    def kind(self) -> str:
+        """What it trains: a name in `KINDS`."""
+        return _kind(self.model)
+
 
 def section_keys(tree: Mapping[str, Any] | None = None) -> list[str]:
     """Dotted names of all keys that this module knows, for a recipe of the kind of `tree`."""
-    model = EnergySection if _kind((tree or {}).get("model")) == "energy" else ModelSection
+    model = KINDS.get(_kind((tree or {}).get("model")), ModelSection)
     plain = _objective_kind((tree or {}).get("objective") or {}) == DENOISING
     keys = list(Settings.model_fields)
     for name, section in (
@@ -225,7 +245,7 @@ def section_keys(tree: Mapping[str, Any] | None = None) -> list[str]:
     return keys
 
 
-_TAGS = {("model", "denoiser"), ("model", "energy"), ("objective", DENOISING), ("objective", "named")}
+_TAGS = {*(("model", kind) for kind in KINDS), ("objective", DENOISING), ("objective", "named")}
 
 
 def _keys_only(place: tuple[Any, ...]) -> tuple[Any, ...]:
