@@ -8,14 +8,15 @@ below 1, and the next is `0.9 error^(-1/q)` times as long, q the order, at most 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.solvers.pairs import Pair
+from undiffuse.solvers.solution import Solution, Track, Tried
 
 Rows = Float[Tensor, "n d"]
 # (positions (n,), states (n, D), which samples they are (n,)) -> dy / dposition (n, D)
@@ -30,9 +31,8 @@ class Tolerance:
 
     Args:
         rtol, atol: relative to the state, and in its units.
-        parts: sizes of the parts of a state that keep the tolerance each by itself; None: it is one.
         max_steps: tried steps per sample, after which the integration is given up.
-        length: measure a part by its length, not by its root mean square, which is sqrt(D) times less.
+        length: measure an error by its length, not by its root mean square, which is sqrt(D) times less.
 
     Raises:
         ArgumentError: a tolerance below 0, both 0, or max_steps < 1.
@@ -40,7 +40,6 @@ class Tolerance:
 
     rtol: float = 1e-5
     atol: float = 1e-5
-    parts: Sequence[int] | None = None
     max_steps: int = 10_000
     length: bool = False
 
@@ -52,65 +51,9 @@ class Tolerance:
             )
 
     def norm(self, value: Rows, size: Rows) -> Float[Tensor, " n"]:
-        """Root mean square, or length, of `value / (atol + rtol size)`, of the worst part."""
+        """Root mean square, or length, of `value / (atol + rtol size)`."""
         scaled = (value / (self.atol + self.rtol * size)).square()
-        parts = scaled.split(list(self.parts), 1) if self.parts is not None else [scaled]
-        squares = [part.sum(1) if self.length else part.mean(1) for part in parts]
-        return torch.stack(squares).amax(0).sqrt().double()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Accepted steps: which samples, from where, how far, the state there and its S slopes."""
-
-    rows: Int[Tensor, " n"]
-    start: Float[Tensor, " n"]
-    length: Float[Tensor, " n"]
-    y: Rows
-    slopes: Float[Tensor, "s n d"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What `solve` returns.
-
-    Attributes:
-        y: states at the end, (B, D).
-        slope: dy / dposition there.
-        step: lengths of the steps that would come next, (B,).
-        evals: evaluations of the slope for each sample, (B,).
-        steps, rejected: accepted and rejected steps of each sample.
-        pieces: all accepted steps, where they were to be kept.
-    """
-
-    y: Rows
-    slope: Rows
-    step: Float[Tensor, " b"]
-    evals: Int[Tensor, " b"]
-    steps: Int[Tensor, " b"]
-    rejected: Int[Tensor, " b"]
-    pair: Pair
-    pieces: tuple[Piece, ...] = field(default=(), repr=False)
-
-    def at(self, position: float) -> Rows:
-        """States at a position between the ends, by the pair's polynomial: no further evaluation.
-
-        Raises:
-            ArgumentError: nothing was kept, or a position outside.
-        """
-        result, found = torch.zeros_like(self.y), torch.zeros_like(self.evals, dtype=torch.bool)
-        for piece in self.pieces:
-            share = (position - piece.start) / piece.length
-            inside = ((share >= 0) & (share <= 1 + 1e-12)).nonzero()[:, 0]
-            if len(inside) == 0:
-                continue
-            weights = self.pair.between(share[inside]) * piece.length[inside, None]
-            rows = piece.rows[inside]
-            result[rows] = piece.y[inside] + torch.einsum("ns,snd->nd", weights.to(self.y), piece.slopes[:, inside])
-            found[rows] = True
-        if not bool(found.all()):
-            raise ArgumentError(f"position {position:g} is outside what was kept of this solution")
-        return result
+        return (scaled.sum(1) if self.length else scaled.mean(1)).sqrt().double()
 
 
 @dataclass
@@ -160,7 +103,7 @@ def solve(
     b = len(y)
     counts = torch.zeros(3, b, dtype=torch.int64, device=y.device)
     done: list[_Active] = []
-    pieces: list[Piece] = []
+    tried: list[Tried] = []
     ahead = 1.0 if end >= start else -1.0
     active = _begin(slope, y, start, end, pair, tolerance, first)
     counts[0] += 2 if first is None else int(first[0] is None)
@@ -171,11 +114,11 @@ def solve(
             break
         if tries == tolerance.max_steps:
             _give_up(active, b, tolerance, f"{tolerance.max_steps:,} steps were tried", describe)
-        active, accepted, kept = _try_step(slope, active, end, ahead, pair, tolerance, keep)
+        active, accepted, step = _try_step(slope, active, end, ahead, pair, tolerance, keep)
         counts[0, active.rows] += pair.stages - 1
         counts[1, active.rows] += accepted
         counts[2, active.rows] += ~accepted
-        pieces += [] if kept is None else [kept]
+        tried += [] if step is None else [step]
         finished = active.position == end
         if bool(finished.any()):
             done.append(active.only(finished))
@@ -184,7 +127,7 @@ def solve(
             _give_up(active, b, tolerance, "the steps fell below rounding", describe)
     order = torch.argsort(torch.cat([part.rows for part in done]))
     y, k, step = (torch.cat([getattr(part, name) for part in done])[order] for name in ("y", "slope", "step"))
-    return Solution(y, k, step, counts[0], counts[1], counts[2], pair, tuple(pieces))
+    return Solution(y, k, step, counts[0], counts[1], counts[2], Track.of(tried, pair) if tried else None)
 
 
 def _begin(
@@ -225,8 +168,8 @@ def _first_step(
 
 def _try_step(
     slope: Slope, now: _Active, end: float, ahead: float, pair: Pair, tolerance: Tolerance, keep: bool
-) -> tuple[_Active, Tensor, Piece | None]:
-    """One step of every sample on its way, taken where its error allows; which were; and what is kept of them."""
+) -> tuple[_Active, Tensor, Tried | None]:
+    """One step of every sample on its way, taken where its error allows; which were; and what is kept of it."""
     left = (end - now.position).abs()
     last = now.step >= left * (1 - 1e-12)
     h = torch.where(last, left, now.step)
@@ -245,10 +188,9 @@ def _try_step(
     # A step that was cut at the end says nothing against the longer one that was planned.
     step = torch.where(accepted & last, torch.maximum(step, now.step), step)
     position = torch.where(accepted, torch.where(last, end, now.position + ahead * h), now.position)
-    piece = None
+    tried = None
     if keep:
-        took = accepted.nonzero()[:, 0]
-        piece = Piece(now.rows[took], now.position[took], (ahead * h)[took], now.y[took], torch.stack(slopes)[:, took])
+        tried = Tried(now.rows, now.position, ahead * h, now.y, torch.stack(slopes), accepted)
     taken = accepted[:, None]
     moved = _Active(
         now.rows,
@@ -258,7 +200,7 @@ def _try_step(
         step,
         ~accepted,
     )
-    return moved, accepted, piece
+    return moved, accepted, tried
 
 
 def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
