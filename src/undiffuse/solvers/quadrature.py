@@ -48,15 +48,17 @@ class _Panels:
     def integrals(self) -> tuple[Tensor, Tensor]:
         """The integral over each and the estimate of its error.
 
-        That is what the last three coefficients would add, and the error that half the points make times what doubling
-        them took off those coefficients: little where the integrand is smooth, a quarter where it has a kink.
+        That is what the last three coefficients would add; T_2n, which at these points looks like T_0 and is about
+        last^2 / most where the integrand is smooth; and the error that half the points make times what doubling them
+        took off those coefficients: little where it is smooth, a quarter at a kink.
         """
         half = 0.5 * (self.b - self.a)
-        value, last = _integrated(self.values.double())
-        coarse, before = _integrated(self.values[:, ::2].detach().double())
+        value, last, most = _integrated(self.values.double())
+        coarse, before, _ = _integrated(self.values[:, ::2].detach().double())
         n = self.values.shape[1] - 1
-        gained = (last / before.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
-        error = last * (2 / (n * n - 1)) + (value.detach() - coarse).abs() * gained
+        error = last * (2 / (n * n - 1) + 2 * last / most) + (value.detach() - coarse).abs() * (last / before).clamp(
+            max=1
+        )
         return half * value, half.abs() * error
 
     def points(self, shares: Float[Tensor, " m"]) -> Float[Tensor, "p m"]:
@@ -81,11 +83,12 @@ def _rule(n: int) -> tuple[Float[Tensor, "m m"], Float[Tensor, " m"]]:
     return matrix, torch.where(k % 2 == 0, 2 / (1 - k * k), 0.0)
 
 
-def _integrated(values: Float[Tensor, "p m"]) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Integrals over [-1, 1], and the largest of the last three coefficients."""
+def _integrated(values: Float[Tensor, "p m"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrals over [-1, 1], the largest of the last three coefficients, and of all."""
     to_coefficients, weights = (table.to(values.device) for table in _rule(values.shape[1] - 1))
     coefficients = values @ to_coefficients.mT
-    return coefficients @ weights, coefficients[:, -3:].detach().abs().amax(1)
+    sizes = coefficients.detach().abs().clamp(min=torch.finfo(torch.float64).tiny)
+    return coefficients @ weights, sizes[:, -3:].amax(1), sizes.amax(1)
 
 
 def integrate_along(
