@@ -170,7 +170,7 @@ class LawDenoiser(Denoiser):
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         x_0, pull, sigma = self._answer(x_t, t, cond)
         # Given x_0 itself the noise is unknown: its mean is 0, also where the law is made of points.
-        noise = torch.where(sigma == 0, torch.zeros_like(pull), sigma * pull)
+        noise = torch.where(sigma == 0, 0.0, sigma * pull)
         return x_0.to(x_t.dtype).reshape(x_t.shape), noise.to(x_t.dtype).reshape(x_t.shape)
 
     def score(self, x_t: Event, t: Time, cond: Cond = None) -> Event:

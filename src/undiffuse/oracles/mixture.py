@@ -98,19 +98,24 @@ class GaussianMixture(Law):
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log of weight times density (B, K), offset over variance (B, K, D), and prior variances."""
         alpha, sigma = (v.unsqueeze(-1) if v.ndim else v for v in (alpha, sigma))  # () or (B, 1, 1)
-        spread = self.variances.to(x.dtype)
+        size, spread = x.shape[1], self.variances.to(x.dtype)
         variance = alpha.square() * spread + sigma.square()  # (K, D or 1) or (B, K, D or 1)
-        offset = x[:, None] - alpha * self.flat_means.to(x.dtype)
+        offset = torch.addcmul(x[:, None], alpha, self.flat_means.to(x.dtype), value=-1)
         pull = offset / variance
-        log_det = variance.log().expand(*variance.shape[:-1], x.shape[1]).sum(-1)
-        log_density = -0.5 * ((offset * pull).sum(-1) + log_det + x.shape[1] * math.log(2 * math.pi))
+        log_det = variance.log().sum(-1) * (size // variance.shape[-1])
+        # Sums of products as matrix products: a sum over a short axis takes several times as long.
+        squares = (offset * pull) @ x.new_ones(size)
+        log_density = -0.5 * (squares + log_det + size * math.log(2 * math.pi))
         return self._log_prior(cond, x.shape[0]).to(x.dtype) + log_density, pull, spread
 
     def posterior_means(self, x, alpha, sigma, cond):
         joint, pull, spread = self._components(x, alpha, sigma, cond)
-        share = joint.softmax(1)[:, :, None]
-        pulled = (share * spread * pull).sum(1)
-        return share[:, :, 0] @ self.flat_means.to(x.dtype) + alpha * pulled, (share * pull).sum(1)
+        share = joint.softmax(1)
+        if spread.shape[1] == 1:
+            pulled, slope = (torch.stack([share * spread[:, 0], share], 1) @ pull).unbind(1)
+        else:
+            pulled, slope = ((share[:, None] @ of)[:, 0] for of in (spread * pull, pull))
+        return share @ self.flat_means.to(x.dtype) + alpha * pulled, slope
 
     def flat_posterior_covariance(self, x, alpha, sigma, cond):
         joint, pull, spread = self._components(x, alpha, sigma, cond)

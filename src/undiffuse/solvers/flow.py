@@ -69,7 +69,7 @@ class Flow:
         x = (y * n[:, None].to(y)).reshape(len(y), *self.event)
         x_0, noise = self.bound.estimate(x, time, rows)
         cos, sin = pad_to((alpha / n).to(y), x), pad_to((sigma / n).to(y), x)
-        return (cos * noise - sin * x_0).flatten(1)
+        return torch.addcmul(cos * noise, sin, x_0, value=-1).flatten(1)
 
 
 def flow(
