@@ -6,15 +6,17 @@ Along the flow `dx / dt = v(x, t)` the log-density of a moving point falls by th
 
     log p_0(x) = log p_T(x_T) + D log(n_T / n_0) + integral of div_y (dy / dtheta) dtheta.
 
-The way to x_T is found first, without the divergence, which it does not need; then the divergence is integrated along
-it (`undiffuse.solvers.quadrature`), at a third to a half as many places as the steps have evaluations.
+An estimate of the divergence costs one product with the Jacobian and is integrated with the way, whose steps then also
+resolve it: where the data are sharp it is what changes first. The exact one costs D products, and the way does not need
+it: the way is found first, to a tenth of the tolerance, and the divergence integrated along it at a third to a half as
+many places (`undiffuse.solvers.quadrature`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -29,12 +31,16 @@ from undiffuse.solvers.adaptive import Tolerance, solve
 from undiffuse.solvers.base import Bound, Cond, rows_of
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.flow import Flow, norm_at
-from undiffuse.solvers.pairs import PAIRS
+from undiffuse.solvers.pairs import PAIRS, Pair
 from undiffuse.solvers.quadrature import integrate_along
 from undiffuse.solvers.sampling import placed
 
 Event = Float[Tensor, "b *event"]
 PerSample = Float[Tensor, " b"]
+
+# (angles (n,), states (n, D), which samples they are (n,)) -> slopes (n, D) and their divergences (n,)
+Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Describe = Callable[[float], str]
 
 # Numbers in one call for the divergence where the events are small: operations on fewer cost as much.
 _NUMBERS = 4096
@@ -125,7 +131,7 @@ class Likelihood:
 
     Attributes:
         nats: log-density of each sample, (B,).
-        nfe: evaluations of the model that each took, (B,): those of the steps, and those with a divergence.
+        nfe: evaluations of the model that each took, (B,), those for an exact divergence included.
         latent: where the flow carried each, (B, *event), at the path's t_max.
         seed: what makes the random directions again.
     """
@@ -160,14 +166,14 @@ def log_likelihood(
         denoiser: the model.
         x: data, floats (B, *event); the flow is solved in their type, so give float64 for tolerances below 1e-6.
         divergence: "exact", "hutchinson", "hutch++", or an object with more settings.
-        rtol, atol: error allowed to the point in a step (root mean square over coordinates, in units of
-            `x / hypot(alpha, sigma)`), and to the divergence's integral over some steps. With an exact divergence a
-            tenth of them, and the point's error is its length, so that the nats come out to about `D rtol` as a whole.
+        rtol, atol: error allowed to a step: to the point (root mean square over coordinates, in units of
+            `x / hypot(alpha, sigma)`) and to the log-density, each by itself. With an exact divergence a tenth of them,
+            and the point's error is its length, so that the nats come out to about `D rtol` as a whole.
         seed: of the random directions, as of `sample`; None: a fresh one, found in the record.
         cond: the condition of each sample.
         method: "dopri5", "tsit5" or "bosh3".
-        batch: samples at a time, whose accepted steps are kept (method's evaluations + 1 states each); and points at a
-            time where the divergence is taken, more of them where D is below 16.
+        batch: samples at a time. With an exact divergence their accepted steps are kept (method's evaluations + 1
+            states each), and it is taken at so many points at a time, more of them where D is below 16.
         prior: log-density of x_{t_max}; None: the path's own, a Gaussian. (A path whose alpha ends above 0, like VP,
             keeps a trace of the data: give an oracle's `perturbed(path, t_max).log_prob` for its exact law.)
         differentiable: keep the graph, for gradients towards x and the parameters; the memory of all steps.
@@ -180,7 +186,8 @@ def log_likelihood(
     choose(method, PAIRS, "method")
     check_event(x, batch)
     seed = fresh_seed() if seed is None else seed
-    streams = seed if isinstance(seed, Streams) else Streams.of(seed, len(x))
+    # Folded: data that were dequantised by the same seed would meet directions made of the same numbers.
+    streams = seed if isinstance(seed, Streams) else Streams.of(seed, len(x)).fold("divergence")
     if len(streams) != len(x):
         raise ArgumentError(f"seed holds {len(streams)} streams: expected one for each of {len(x)} samples")
     cond = placed(cond, len(x), x.device)
@@ -219,20 +226,46 @@ def _likelihood(
         )
         directions = directions.transpose(0, 1)
 
-    def trace(theta: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        return rule(lambda z: way(theta, z, rows), y, directions[:, rows])[1]
-
     start, end = span(bound)
     scale = first_scale(bound)
     y = (x * scale / norm_at(bound.path, start)).flatten(1)
-    angles = way.angle(start), way.angle(end)
-    solution = solve(way, y, *angles, PAIRS[method], tolerance, keep=True, describe=way.described(start, end))
-    assert solution.track is not None  # keep=True
-    gained, asked = integrate_along(trace, solution.track, tolerance, at_once=max(len(x), _NUMBERS // size))
-    latent = (solution.y * norm_at(bound.path, end)).reshape(x.shape)
+
+    def divergence(theta: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rule(lambda z: way(theta, z, rows), y, directions[:, rows])
+
+    settings = way.angle(start), way.angle(end), PAIRS[method], tolerance
+    at, gained, nfe = (_after if rule.exact else _together)(way, divergence, y, settings, way.described(start, end))
+    latent = (at * norm_at(bound.path, end)).reshape(x.shape)
     volume = size * math.log(scale * norm_at(bound.path, end) / norm_at(bound.path, start))
     log_prior = bound.path.prior_log_prob(latent) if prior is None else prior(latent)
-    return log_prior + gained + volume, solution.evals + asked, latent
+    return log_prior + gained + volume, nfe, latent
+
+
+def _together(
+    way: Flow, divergence: Divergence, y: Tensor, settings: tuple[float, float, Pair, Tolerance], describe: Describe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of the way, the integral along it, and evaluations, from one solve of both."""
+
+    def slope(theta: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        value, trace = divergence(theta, state[:, :-1], rows)
+        return torch.cat([value, trace[:, None]], 1)
+
+    start, end, pair, tolerance = settings
+    tolerance = replace(tolerance, parts=(y.shape[1], 1))
+    both = solve(slope, torch.cat([y, y.new_zeros(len(y), 1)], 1), start, end, pair, tolerance, describe=describe)
+    return both.y[:, :-1], both.y[:, -1], both.evals
+
+
+def _after(
+    way: Flow, divergence: Divergence, y: Tensor, settings: tuple[float, float, Pair, Tolerance], describe: Describe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, the way first."""
+    start, end, pair, tolerance = settings
+    found = solve(way, y, start, end, pair, tolerance, keep=True, describe=describe)
+    assert found.track is not None  # keep=True
+    at_once = max(len(y), _NUMBERS // y.shape[1])
+    gained, asked = integrate_along(lambda *at: divergence(*at)[1], found.track, tolerance, at_once=at_once)
+    return found.y, gained, found.evals + asked
 
 
 def bits_per_dim(nats: PerSample | float, event_size: int, levels: int = 256) -> PerSample | float:

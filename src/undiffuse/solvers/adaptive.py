@@ -31,8 +31,9 @@ class Tolerance:
 
     Args:
         rtol, atol: relative to the state, and in its units.
+        parts: sizes of the parts of a state that keep the tolerance each by itself; None: it is one.
         max_steps: tried steps per sample, after which the integration is given up.
-        length: measure an error by its length, not by its root mean square, which is sqrt(D) times less.
+        length: measure a part by its length, not by its root mean square, which is sqrt(D) times less.
 
     Raises:
         ArgumentError: a tolerance below 0, both 0, or max_steps < 1.
@@ -40,6 +41,7 @@ class Tolerance:
 
     rtol: float = 1e-5
     atol: float = 1e-5
+    parts: Sequence[int] | None = None
     max_steps: int = 10_000
     length: bool = False
 
@@ -51,9 +53,11 @@ class Tolerance:
             )
 
     def norm(self, value: Rows, size: Rows) -> Float[Tensor, " n"]:
-        """Root mean square, or length, of `value / (atol + rtol size)`."""
+        """Root mean square, or length, of `value / (atol + rtol size)`, of the worst part."""
         scaled = (value / (self.atol + self.rtol * size)).square()
-        return (scaled.sum(1) if self.length else scaled.mean(1)).sqrt().double()
+        parts = scaled.split(list(self.parts), 1) if self.parts is not None else [scaled]
+        squares = [part.sum(1) if self.length else part.mean(1) for part in parts]
+        return (torch.stack(squares).amax(0) if len(squares) > 1 else squares[0]).sqrt().double()
 
 
 @dataclass
