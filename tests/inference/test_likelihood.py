@@ -195,11 +195,11 @@ def test_wrong_arguments_are_explained():
 
 def test_a_seed_that_made_the_data_makes_other_directions():
     """Dequantised by seed 3 and measured by seed 3: directions of the same numbers would follow the data's noise."""
-    law = GaussianMixture(torch.tensor([[-1.0, 0.3, 0.2], [0.8, -0.5, 0.4]], dtype=F64), 0.4)
-    x, field = law.sample(4, Streams.of(1, 4)), law.denoiser(Linear())
+    law = ud.GaussianMixture(torch.tensor([[-1.0, 0.3, 0.2], [0.8, -0.5, 0.4]], dtype=torch.float64), 0.4)
+    x, field = law.sample(4, ud.Streams.of(1, 4)), law.denoiser(ud.Linear())
     own, folded, same = (
-        log_likelihood(field, x, seed=seed).nats
-        for seed in (3, Streams.of(3, 4).fold("divergence"), Streams.of(3, 4))
+        ud.log_likelihood(field, x, seed=seed).nats
+        for seed in (3, ud.Streams.of(3, 4).fold("divergence"), ud.Streams.of(3, 4))
     )
     assert torch.equal(own, folded)
     assert float((own - same).abs().min()) > 1e-3
