@@ -195,7 +195,10 @@ def test_wrong_arguments_are_explained():
 
 def test_a_seed_that_made_the_data_makes_other_directions():
     """Dequantised by seed 3 and measured by seed 3: directions of the same numbers would follow the data's noise."""
-    law = ud.GaussianMixture(torch.tensor([[-1.0, 0.3, 0.2], [0.8, -0.5, 0.4]], dtype=torch.float64), 0.4)
+    law = ud.GaussianMixture(
+        torch.tensor([[-1.0, 0.3, 0.2], [0.8, -0.5, 0.4]], dtype=torch.float64),
+        torch.tensor([0.4, 0.4], dtype=torch.float64),
+    )
     x, field = law.sample(4, ud.Streams.of(1, 4)), law.denoiser(ud.Linear())
     own, folded, same = (
         ud.log_likelihood(field, x, seed=seed).nats
