@@ -8,11 +8,11 @@ import yaml
 
 import undiffuse as ud
 from recipes.tiny import image_folder, overrides, parquet
-from undiffuse.core.errors import ArgumentError, RecipeError
+from undiffuse.core.errors import RecipeError
 from undiffuse.data import Loader
 from undiffuse.paths.levels import count_levels, levels_from_data
 from undiffuse.recipes import Recipe, build, list_recipes
-from undiffuse.recipes.datasets import dequantiser
+from undiffuse.recipes.datasets import check_levels, dequantiser
 from undiffuse.recipes.text import flatten, parse_yaml
 from undiffuse.training import TrainConfig
 
@@ -144,8 +144,12 @@ def test_values_are_dequantised_where_training_draws_them():
     assert abs(float(u.mean()) - 1 / 2) < 4 * (1 / 12 / len(u)) ** 0.5
     assert abs(float(u.square().mean()) - 1 / 3) < 4 * (4 / 45 / len(u)) ** 0.5
     assert not torch.allclose(shares[0], shares[1])
-    with pytest.raises(ArgumentError, match="expected 256 levels"):
-        Loader(dataset, 4, change=dequantiser(ud.load_recipe("ddpm-digits", ["data.dequantise=256"]).settings)).batch(0)
+    check_levels(recipe.settings, dataset)
+    for wrong in (256, 33):  # 33 values would hold the 17, each at another place
+        with pytest.raises(
+            RecipeError, match=rf"data.dequantise = {wrong}: the data 'digits' have 17 values; write 17"
+        ):
+            check_levels(ud.load_recipe("ddpm-digits", [f"data.dequantise={wrong}"]).settings, dataset)
 
 
 def test_a_marginal_target_needs_its_data_in_memory(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -76,21 +77,25 @@ def _record(run: Run, found: Found, protocol: Protocol, screen: Console) -> None
         f"cross entropy {found.loss:.4f} ± {found.error:.2g} nats over the times of training, {found.n:,} of "
         f"{protocol.reference} ({protocol.split})",
         ["noise level", "accuracy"],
-        [[f"t = {one['t']:.3g}, σ/α = {one['noise']:.3g}", f"{one['accuracy']:.3f}"] for one in found.levels],
+        [[_said(one["t"], one["noise"]), f"{one['accuracy']:.3f}"] for one in found.levels],
     )
     screen.say(f"appended to {run.folder / 'evaluation.jsonl'}")
     screen.result({"run": str(run.folder), "results": [figure.to_dict() for figure in figures]})
 
 
+def _said(t: float, noise: float | None) -> str:
+    return f"t = {t:.3g}, " + ("noise alone" if noise is None else f"σ/α = {noise:.3g}")
+
+
 @dataclass(frozen=True)
 class Found:
     """Of n rows: the cross entropy in nats, its standard error over rows, and `t`, `noise` (sigma / alpha) and
-    `accuracy` of each level."""
+    `accuracy` of each level; noise None is infinite."""
 
     n: int
     loss: float
     error: float
-    levels: list[dict[str, float]]
+    levels: list[dict[str, Any]]
 
 
 @torch.no_grad()
@@ -119,7 +124,8 @@ def measure(
     loss, share = torch.cat(losses), torch.cat(hits).double().mean(0)
     noises = path.sigma(times) / path.alpha(times)
     rows_of = zip(times.tolist(), noises.tolist(), share.tolist())
-    levels = [{"t": t, "noise": noise, "accuracy": hit} for t, noise, hit in rows_of]
+    # JSON has no infinity, which sigma / alpha is where alpha = 0.
+    levels = [{"t": t, "noise": s if math.isfinite(s) else None, "accuracy": hit} for t, s, hit in rows_of]
     return Found(len(rows), float(loss.mean()), float(loss.std() / len(loss) ** 0.5), levels)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from undiffuse.cli import options
 from undiffuse.cli.console import Console, exit_code_of, is_lead, signals
+from undiffuse.core.errors import ArgumentError
 
 
 def demo(
@@ -36,7 +37,12 @@ def demo(
     from undiffuse.cli.report import report_run
     from undiffuse.cli.sample import draw_picture
     from undiffuse.cli.train import train_run
+    from undiffuse.recipes import load_recipe
 
+    if load_recipe(recipe, changes or []).kind == "classifier":
+        raise ArgumentError(
+            f"--recipe {recipe}: a classifier draws no samples to be shown; train and evaluate do for it"
+        )
     screen = Console(json, quiet)
     part = Console(False, quiet or json)
     with signals() as last_signal:

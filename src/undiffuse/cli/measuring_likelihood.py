@@ -84,7 +84,7 @@ class Job:
             "divergence": repr(self.rule),
             "tolerance": self.tolerance,
             "dequantisation": noise,
-            "levels": None if noise == "none" else count_levels(first),
+            "levels": None if noise == "none" else loaded.recipe.settings.data.get("dequantise") or count_levels(first),
             "seed": self.seed,
         }
         key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]

@@ -60,14 +60,17 @@ class Fourier(nn.Module):
 class ImageFourier(nn.Module):
     """x, then `e^{-w^2 s^2 / 2} sin(w x)` and the same of cos for `w = 2^n pi`, n in `powers`, along the channels.
 
-    (Kingma et al. 2021, appendix C.) The label is log s, s the size of the noise in x, as prediction "noise-unscaled"
-    has it. The factor is the mean of `sin(w (x + s z))` over that of `sin(w x)` (Barron et al. 2021, eq. 14): a wave
-    shorter than the noise says nothing of the image and fades out. Without it the network stays rough at high noise,
-    and the probability flow takes several times the evaluations.
+    (Kingma et al. 2021, appendix C.) The label is log s, s = sigma / alpha, as "noise-unscaled" has it; where
+    the waves in use have not faded alpha is about 1, and s the size of the noise in x. The factor is the mean of
+    `sin(w (x + s z))` over `sin(w x)` (Barron et al. 2021, eq. 14): a wave shorter than the noise says nothing of the
+    image and fades out. Without it the network stays rough at high noise, and the probability flow takes twice the
+    evaluations.
     """
 
     def __init__(self, powers: Sequence[int] = ()):
         super().__init__()
+        if not all(0 <= power <= 16 for power in powers):
+            raise ArgumentError(f"input_fourier is {list(powers)}: expected numbers from 0 to 16, w = 2^n pi")
         self.powers = tuple(powers)
         self.copies = 1 + 2 * len(self.powers)
 

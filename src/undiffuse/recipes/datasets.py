@@ -6,9 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from undiffuse.core.errors import RecipeError
+import torch
+
+from undiffuse.core.errors import ArgumentError, RecipeError
 from undiffuse.data.load import load
 from undiffuse.inference import dequantise
+from undiffuse.inference.dequantisation import count_levels
 from undiffuse.recipes.arguments import argument_names, complete
 from undiffuse.recipes.schema import FactsSection, Settings
 
@@ -16,6 +19,7 @@ from undiffuse.recipes.schema import FactsSection, Settings
 _OWN = ("split", "progress")
 # Keys that say how data are trained on, not which they are.
 CHANGES = ("flip", "dequantise")
+_LOOK_AT = 1000  # rows, to tell how many values data have
 
 
 def data_keys() -> list[str]:
@@ -51,6 +55,24 @@ def dequantiser(settings: Settings) -> Callable[..., Any] | None:
     """What makes values densities while they are trained on (`data.dequantise`); None: they stay as they are."""
     levels = settings.data.get("dequantise")
     return None if levels is None else partial(dequantise, levels=levels)
+
+
+def check_levels(settings: Settings, dataset: Any) -> None:
+    """Look at the first rows whether `data.dequantise` is the number of values that they have; of a stream, nothing.
+
+    Raises:
+        RecipeError: they have another, or none that can be told.
+    """
+    levels = settings.data.get("dequantise")
+    if levels is None or not hasattr(dataset, "batch"):
+        return
+    rows = dataset.batch(torch.arange(min(len(dataset), _LOOK_AT)))[0]
+    try:
+        found = count_levels(rows)
+    except ArgumentError as error:
+        raise RecipeError(f"data.dequantise = {levels}: {error}; leave it out") from None
+    if found != levels:
+        raise RecipeError(f"data.dequantise = {levels}: the data '{dataset.name}' have {found} values; write {found}")
 
 
 def facts(dataset: Any) -> FactsSection:

@@ -14,7 +14,7 @@ from torch import nn
 from undiffuse.core.errors import RecipeError, RunError
 from undiffuse.data import Loader
 from undiffuse.recipes.chains import EnergySampler, sampler_of
-from undiffuse.recipes.datasets import dequantiser
+from undiffuse.recipes.datasets import check_levels, dequantiser
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.generate import Sampler, write_arrays
 from undiffuse.recipes.load import load_recipe
@@ -66,6 +66,7 @@ def train(
     config = recipe.train_config()
     with join(place, config.timeout) as world:
         dataset = recipe.data(progress=on_data)
+        check_levels(recipe.settings, dataset)
         recipe = recipe.resolved(dataset)
         model, objective = recipe.model(), recipe.objective(dataset)
         loader = Loader(

@@ -157,15 +157,11 @@ def _begin(
 def _first_step(
     slope: Slope, y: Rows, k: Rows, position: Tensor, end: float, rows: Tensor, pair: Pair, tolerance: Tolerance
 ) -> Float[Tensor, " n"]:
-    """Hairer, Norsett and Wanner 1993, section II.4: from the sizes of y, y' and, by a small step of Euler's, y''.
-
-    Where y is at rest its y' says nothing: there a thousandth of the way. (Their 1e-6 costs three steps of growing; a
-    flow of exact denoisers starts at rest from the data.)
-    """
+    """Hairer, Norsett and Wanner 1993, section II.4: from the sizes of y, y' and, by a small step of Euler's, y''."""
     span = (end - position).abs()
     size = y.abs()
     d0, d1 = tolerance.norm(y, size), tolerance.norm(k, size)
-    h0 = torch.where(d1 < 1e-5, 1e-3 * span, torch.where(d0 < 1e-5, 1e-6, 0.01 * d0 / d1)).minimum(span)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1).minimum(span)
     way = torch.copysign(h0, end - position)
     k1 = slope(position + way, y + way[:, None].to(y) * k, rows)
     d2 = tolerance.norm(k1 - k, size) / h0
