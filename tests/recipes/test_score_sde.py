@@ -14,6 +14,7 @@ from undiffuse.objectives.weights import Likelihood
 from undiffuse.paths import geometric_levels
 from undiffuse.recipes import build, list_recipes
 from undiffuse.recipes.generate import Sampler
+from undiffuse.recipes.paths import ALL_PATHS
 from undiffuse.recipes.schema import FactsSection
 from undiffuse.recipes.tables import make, resolve
 from undiffuse.solvers import make_grid
@@ -113,7 +114,7 @@ def test_the_model_is_that_of_imported_weights(name):
     if name == "cifar10-ncsnpp-ve-discrete":
         return  # its path is the chain, not the SDE: see below
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
-    mine, imported = load(name).path(), make(build.ALL_PATHS, path, "path", "path")
+    mine, imported = load(name).path(), make(ALL_PATHS, path, "path", "path")
     torch.testing.assert_close(mine.alpha(t), imported.alpha(t))
     torch.testing.assert_close(mine.sigma(t), imported.sigma(t))
 
