@@ -94,3 +94,14 @@ def test_wrong_arguments_are_explained():
         ud.encode(field, x, cond=torch.arange(5))
     with pytest.raises(ArgumentError, match="batch is 0"):
         ud.encode(field, x, batch=0)
+
+
+@pytest.mark.parametrize("path", [ud.VP(), ud.Linear()], ids=["vp", "linear"])
+def test_a_flow_that_starts_at_rest_from_sharp_data_is_followed_from_its_start(path):
+    """Data of width 1e-3: where sigma = 0 the flow stands still; a first step of a thousandth jumps over it."""
+    law = ud.Gaussian(torch.tensor([0.3, -0.2], dtype=torch.float64), std=torch.full((2,), 1e-3, dtype=torch.float64))
+    x = law.sample(16, ud.Streams.of(0, 16))
+    end = torch.tensor(path.t_max, dtype=torch.float64)
+    alpha, sigma = path.alpha(end), path.sigma(end)
+    true = alpha * law.mean + (x - law.mean) * torch.hypot(alpha * 1e-3, sigma) / 1e-3
+    assert float((ud.encode(law.denoiser(path), x) - true).abs().max()) < 0.01
