@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from solvers import test_annealed, test_corrector, test_identities, test_orders, test_reverse
-from undiffuse.solvers import annealed, exponential, reverse, runge_kutta, stochastic
+from undiffuse.solvers import annealed, exponential, multistep, reverse, runge_kutta, singlestep, stochastic
 
 ORDER = test_orders.test_the_declared_order_is_the_measured_one
 RECURSION = test_annealed.test_a_gaussian_keeps_to_the_exact_recursion
@@ -21,9 +21,12 @@ MUTATIONS = [
     *[(runge_kutta, "velocity_coefficients", i, ORDER, ("heun", "linear")) for i in range(2)],
     *[(runge_kutta, "heun_coefficients", i, ORDER, ("heun", "vp")) for i in range(3)],
     *[(exponential, "exponential_coefficients", i, ORDER, ("ddim", "vp")) for i in range(2)],
-    *[(exponential, "exponential_coefficients", i, ORDER, ("dpmpp-2m", "linear")) for i in range(3)],
     *[(exponential, "exponential_coefficients", i, ORDER, ("ddim eta=0.5", "vp")) for i in (0, 2)],
-    (exponential, "extrapolation_weight", None, ORDER, ("dpmpp-2m", "vp")),
+    *[(multistep, "flow_weights", 0, ORDER, (name, "vp")) for name in ("abm-4", "dpmpp-2m", "deis-3", "ipndm")],
+    *[(multistep, "flow_weights", i, ORDER, ("unipc-3", "linear")) for i in range(3)],
+    *[(multistep, "time_weights", i, ORDER, ("ab4", "vp")) for i in range(4)],
+    *[(multistep, "snr_weights", i, ORDER, ("dpmpp-2m-sde", "vp")) for i in range(2)],
+    *[(singlestep, "flow_weights", 0, ORDER, (name, "vp")) for name in ("dpm-2", "dpm-3", "dpmpp-2s")],
     *[(stochastic, "posterior_coefficients", i, ORDER, ("ddpm", "linear")) for i in range(3)],
     *[(stochastic, "exponential_coefficients", i, ORDER, ("edm", "vp")) for i in range(2)],
     (stochastic, "correction_weight", None, ORDER, ("edm", "vp")),

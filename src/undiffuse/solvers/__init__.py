@@ -2,10 +2,10 @@
 
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
-from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales
+from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales, weighted_sum
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
-from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
@@ -14,9 +14,11 @@ from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, ge
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
+from undiffuse.solvers.multistep import DPMpp2M, Multistep
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.sampling import Sample, sample
+from undiffuse.solvers.singlestep import Singlestep
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
 
@@ -47,9 +49,11 @@ __all__ = [
     "Kernel",
     "Langevin",
     "LangevinCorrector",
+    "Multistep",
     "ParallelTempering",
     "ReverseDiffusion",
     "Sample",
+    "Singlestep",
     "Solver",
     "Stay",
     "Step",
@@ -66,4 +70,5 @@ __all__ = [
     "rates",
     "sample",
     "scales",
+    "weighted_sum",
 ]

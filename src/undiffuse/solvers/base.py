@@ -214,6 +214,28 @@ def rates(field: Field, t: Tensor) -> tuple[float, float]:
 _UNIT = 4 * torch.finfo(torch.float64).eps
 
 
+# Numbers of a piece that stays in a CPU core's cache while all terms of a sum pass over it.
+_CHUNK = 1 << 16
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`sum_j w_j x_j` of tensors of one shape; each is read once from memory, on a CPU in pieces."""
+    first = tensors[0]
+    plain = first.device.type != "cpu" or first.numel() < 2 * _CHUNK or not all(x.is_contiguous() for x in tensors)
+    if plain or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        total = torch.mul(first, weights[0])
+        for x, w in zip(tensors[1:], weights[1:]):
+            total.add_(x, alpha=w)
+        return total
+    total = torch.empty_like(first)
+    pieces = zip(total.view(-1).split(_CHUNK), *(x.view(-1).split(_CHUNK) for x in tensors))
+    for out, head, *rest in pieces:
+        torch.mul(head, weights[0], out=out)
+        for x, w in zip(rest, weights[1:]):
+            out.add_(x, alpha=w)
+    return total
+
+
 def combine(x: Event, a: float, d: Event, b: float) -> Event:
     """`a x + b d`: one pass over memory where a + b = 1 (every path with alpha = 1, and Linear), else two."""
     if abs(a + b - 1) <= _UNIT:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,37 +61,3 @@ class DDIM(Solver):
         mean = combine(x, on_x * kept, denoised, alpha_s * (1 - q * kept))
         nu = sigma_s * math.sqrt(fresh)
         return (torch.add(mean, noise(), alpha=nu) if nu > 0 else mean), state
-
-
-def extrapolation_weight(h: float, h_prev: float) -> float:
-    """Weight of D_t against D_prev on the line through both, at the middle of the next step."""
-    return 1 + 0.5 * h / h_prev
-
-
-class _Past(NamedTuple):
-    """The denoiser one step ago, and the step in half log-SNR made from it."""
-
-    denoised: Tensor
-    h: float
-
-
-@dataclass(frozen=True)
-class DPMpp2M(Solver):
-    """DPM-Solver++(2M): D extrapolated in half log-SNR to the middle of the step (section 9.5).
-
-    Lu et al. 2022, algorithm 2: `D = D_t + h / (2 h_prev) (D_t - D_prev)`, h the step in half log-SNR. It is
-    D_t, the lower order, in the first step, after a step out of alpha = 0 (h_prev infinite), and in a step to
-    sigma = 0.
-    """
-
-    order: ClassVar[int] = 2
-    evals_per_step: ClassVar[int] = 1
-
-    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
-        on_x, on_denoised, q = exponential_coefficients(field, t, s)
-        h = -math.log(q) if q > 0 else math.inf
-        average = denoised
-        if state is not None and math.isfinite(h) and math.isfinite(state.h):
-            average = torch.lerp(state.denoised, denoised, extrapolation_weight(h, state.h))
-        return combine(x, on_x, average, on_denoised), _Past(denoised, h)

@@ -57,11 +57,17 @@ def _of_canonical(path: Path, tau: Tensor) -> Tensor:
 _RHO = 7.0
 # Measured, see `Solver.default_grid`.
 _CANONICAL = 1.5
+# Measured, see `Multistep.default_grid`; and the angle from which it counts, where a path begins beyond.
+_CURVED, _STEEPEST = 1.75, math.atan(160.0)
 
 GRIDS: dict[str, Spacing] = {
     "time": Spacing(lambda path, t: t, lambda path, c: c),
     "quadratic": Spacing(lambda path, t: (t - path.t_min).sqrt(), lambda path, c: path.t_min + c.square()),
     "angle": Spacing(lambda path, t: path.angle(t), lambda path, c: path.time_of_angle(c)),
+    "curved-angle": Spacing(
+        lambda path, t: path.angle(t).clamp(max=_STEEPEST) ** (1 / _CURVED),
+        lambda path, c: path.time_of_angle(c**_CURVED),
+    ),
     "canonical": Spacing(
         lambda path, t: canonical_time(path, t) ** (1 / _CANONICAL),
         lambda path, c: _of_canonical(path, c**_CANONICAL),

@@ -17,10 +17,12 @@ from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
-from undiffuse.solvers.exponential import DDIM, DPMpp2M
+from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
+from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.singlestep import SINGLESTEP
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -30,7 +32,6 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "ddim": DDIM,
     "ddpm": DDPM,
     "dopri5": Adaptive,
-    "dpmpp-2m": DPMpp2M,
     "edm": EDM,
     "euler": Euler,
     "euler-maruyama": EulerMaruyama,
@@ -40,6 +41,8 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "stay": Stay,
     "stochastic-heun": StochasticHeun,
     "tsit5": partial(Adaptive, "tsit5"),
+    **SINGLESTEP,
+    **MULTISTEP,
 }
 
 

@@ -1,0 +1,307 @@
+"""One multistep method: polynomials through past evaluations, integrated exactly against the flow's own weight.
+
+`undiffuse.solvers.polynomials` has the flow, `d (x / N) / dm = P`. A step from t to s is then
+
+    x_s = (N_s / N_t) x_t + N_s sum_j w_j P_j,    w_j = integral over m from t to s of l_j(u(m)),
+
+l_j the polynomials of Lagrange through the last evaluations, in a coordinate u. With a corrector the step is made anew
+once the evaluation at its end is known, which the next step needs anyway, with that evaluation among the P_j (predict,
+evaluate, correct: no further network call).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.paths import Path
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales, weighted_sum
+from undiffuse.solvers.grids import make_grid
+from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
+from undiffuse.solvers.runge_kutta import velocity_coefficients
+
+TURNS = {"noise": 0.0, "data": 1.0}
+RULES = dict.fromkeys(("exact", "midpoint", "mean"))
+# Where alpha is 0 a model's answer is the mean of the data whatever x: there it is asked at this sigma / alpha instead.
+_EARLIEST = math.atan(160.0)
+_QUARTER = 0.5 * math.pi
+
+
+@dataclass(frozen=True)
+class _TimeOf:
+    """t as a function of the angle; equal for one and the same path, so that weights are found again."""
+
+    path: Path
+
+    def __call__(self, theta: np.ndarray) -> np.ndarray:
+        return self.path.time_of_angle(torch.from_numpy(np.asarray(theta, dtype=np.float64))).numpy()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _TimeOf) and other.path is self.path
+
+    def __hash__(self) -> int:
+        return id(self.path)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A time, its angle and its scales."""
+
+    t: float
+    theta: float
+    alpha: float
+    sigma: float
+
+    @staticmethod
+    def of(field: Field, t: Tensor) -> _Level:
+        alpha, sigma = scales(field, t)
+        return _Level(float(t), math.atan2(sigma, alpha), alpha, sigma)
+
+    @property
+    def half_log_snr(self) -> float:
+        return math.log(self.alpha / self.sigma)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a run remembers: levels and values of its evaluations, the newest first, and its last step.
+
+    `start` and `x` are where that step began, `x_next` what it made; another x met next was changed on the way, by a
+    corrector of noise say, and is taken as it is.
+    """
+
+    levels: tuple[_Level, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    start: _Level | None = None
+    x: Tensor | None = None
+    x_next: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Multistep(Solver):
+    """Exponential Adams methods: of any order, in any prediction and variable, with or without corrector.
+
+    Known methods are settings: DEIS (Zhang and Chen 2023, tAB) is ("noise", "time"); DPM-Solver++ (Lu et al. 2022b)
+    ("data", "half-log-snr"), its 2M with the rule "midpoint"; UniPC (Zhao et al. 2023) that with the corrector; iPNDM
+    (Zhang and Chen 2023, Liu et al. 2022) ("noise", "step") with the rule "mean"; the classical ones of Adams and
+    Bashforth "velocity". The default is none of these: evaluations are turned nearly to the data, 15/16, polynomials
+    are of the angle, and the corrector is used; both ends of every path are then ordinary points.
+
+    The first steps have fewer evaluations to go by and are of lower order. A step out of alpha = 0 has none before it,
+    and asks at sigma / alpha = 160, where x is still its noise; there is no use in asking for the mean of the data.
+
+    Args:
+        points: evaluations of the predictor's polynomial, the one at the step's start among them. The corrector takes
+            one more.
+        prediction: "noise", "data", a number between 0 (noise) and 1 (data), the turn as a share of pi / 2; or
+            "velocity", the path's own in its own time, `dx = v dt`.
+        variable: of the polynomials: "angle", "half-log-snr", "sigma" (sigma / alpha), "canonical"
+            (sigma / (alpha + sigma)), "time", "step" (equal steps are supposed). Of "velocity" it is the time.
+        corrector: predict, evaluate, correct.
+        rule: "exact"; "midpoint": the polynomial's value in the middle of the step; "mean": its mean over the step.
+            These two are of order 2 at most.
+        eta: noise as a share of the forward SDE's: 0 for the ODE, 1 for the reverse SDE of the path. For "data" in the
+            half log-SNR, without corrector (Lu et al. 2022b, section 5; Xue et al. 2023); of weak order 2 at most.
+
+    Raises:
+        ArgumentError: a setting out of its range, or eta with settings that it is not for.
+    """
+
+    points: int = 4
+    prediction: str | float = 15 / 16
+    variable: str = "angle"
+    corrector: bool = True
+    rule: str = "exact"
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if not (isinstance(self.points, int) and 1 <= self.points <= 8):
+            raise ArgumentError(f"points is {self.points!r}: expected 1 to 8 evaluations for the polynomial")
+        if isinstance(self.prediction, str):
+            choose(self.prediction, {**TURNS, "velocity": None}, "prediction")
+        elif not 0 <= self.prediction <= 1:
+            raise ArgumentError(f"prediction is {self.prediction}: expected a name, or 0 (noise) to 1 (data)")
+        choose(self.variable, {**COORDINATES, "time": None, "step": None}, "variable")
+        choose(self.rule, RULES, "rule")
+        if self.variable == "step" and (self.rule == "exact" or self.corrector):
+            raise ArgumentError("variable 'step' knows nothing between steps: use the rule 'mean' and no corrector")
+        if not 0 <= self.eta < math.inf:
+            raise ArgumentError(f"eta is {self.eta}: expected 0 (the ODE) or more (1: the reverse SDE)")
+        if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
+            raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr', without corrector")
+
+    @property
+    def order(self) -> float:  # type: ignore[override]
+        if self.eta:
+            return min(self.points, 2)
+        return min(self.points + self.corrector, 8 if self.rule == "exact" else 2)
+
+    @property
+    def evals_per_step(self) -> int:  # type: ignore[override]
+        return 1
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    @property
+    def phi(self) -> float:
+        """The turn in radians."""
+        share = TURNS.get(self.prediction, 0.0) if isinstance(self.prediction, str) else self.prediction
+        return share * _QUARTER
+
+    def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
+        """Equal steps in angle^(4/7), measured for the default setting; "canonical" for the rest (see `Solver`)."""
+        return make_grid(path, steps, "curved-angle" if self.variable == "angle" else "canonical")
+
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        past: _Past = state if state is not None else _Past()
+        start, end = _Level.of(field, t), _Level.of(field, s)
+        if start.alpha == 0:
+            return self._first(field, x, start, end, noise)
+        denoised = field(x, t)
+        level, value = start, self._value(field, x, denoised, start, t)
+        if self.corrector and past.x_next is x and self._regular(past.start, start):
+            x = self._moved(
+                field, past.x, past.start, start, (level, *past.levels)[: self.points + 1], (value, *past.values)
+            )
+        levels, values = (level, *past.levels)[: self.points], (value, *past.values)[: self.points]
+        moved = self._moved(field, x, start, end, levels, values)
+        if self.eta and end.sigma > 0:
+            h = end.half_log_snr - start.half_log_snr
+            moved = torch.add(moved, noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
+        return moved, _Past(levels, values, start, x, moved)
+
+    def _first(self, field: Field, x: Event, start: _Level, end: _Level, noise: Noise) -> tuple[Event, Any]:
+        """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, x = sigma z, D asked where z is all but all of x."""
+        theta = max(_EARLIEST, 0.5 * (start.theta + end.theta))
+        t = field.path.time_of_angle(torch.tensor(theta, dtype=torch.float64))
+        level = _Level.of(field, t)
+        denoised = field(x * (level.sigma / start.sigma), t)
+        if self.prediction == "velocity":
+            rate = velocity_coefficients(field, t)
+            on_noise, on_denoised = rate[0] * level.sigma, rate[1] + rate[0] * level.alpha
+        else:
+            on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi)
+        data = self.prediction == "data"
+        value = denoised if data else weighted_sum((x, denoised), (on_noise / start.sigma, on_denoised))
+        fresh = (noise() * end.sigma) if self.eta else None
+        moved = weighted_sum((x if fresh is None else fresh, denoised), (_share(end, start, fresh), end.alpha))
+        return moved, _Past((level,), (value,), start, x, moved)
+
+    def _value(self, field: Field, x: Event, denoised: Event, level: _Level, t: Tensor) -> Event:
+        """P at a level: `(cos(phi) x - N D) / sigma`; D itself where it is -D."""
+        if self.prediction == "data":
+            return denoised
+        if self.prediction == "velocity":
+            return weighted_sum((x, denoised), velocity_coefficients(field, t))
+        return weighted_sum((x, denoised), (math.cos(self.phi) / level.sigma, -self._size(level) / level.sigma))
+
+    def _size(self, level: _Level) -> float:
+        """N."""
+        return math.cos(self.phi) * level.alpha + math.sin(self.phi) * level.sigma
+
+    def _regular(self, start: _Level | None, end: _Level) -> bool:
+        """Whether a step can be made anew: with the noise it cannot where it began in alpha = 0."""
+        return start is not None and (start.alpha > 0 or self.phi > 0)
+
+    def _moved(
+        self,
+        field: Field,
+        x: Event | None,
+        start: _Level | None,
+        end: _Level,
+        levels: tuple[_Level, ...],
+        values: tuple[Tensor, ...],
+    ) -> Event:
+        """x carried from one level to another by the polynomial through evaluations."""
+        assert x is not None
+        assert start is not None
+        on_x, weights = self._weights(field, start, end, levels)
+        if on_x == 0:
+            return weighted_sum(values[: len(weights)], weights)
+        return weighted_sum((x, *values[: len(weights)]), (on_x, *weights))
+
+    def _weights(
+        self, field: Field, start: _Level, end: _Level, levels: tuple[_Level, ...]
+    ) -> tuple[float, Sequence[float]]:
+        """Weights of x and of the evaluations."""
+        if self.prediction == "velocity" and end.sigma == 0 and (len(levels) == 1 or not _smooth(field, end)):
+            # Closed form: E[x_0] at the start, of which the velocity and x are made.
+            rate = velocity_coefficients(field, torch.tensor(start.t, dtype=torch.float64))
+            return -rate[0] / rate[1] * end.alpha, (end.alpha / rate[1],)
+        if self.prediction == "velocity":
+            return 1.0, time_weights(tuple(level.t for level in levels), (start.t, end.t))
+        coordinate = self._coordinate(field)
+        if end.sigma == 0 and self.variable in ("half-log-snr", "step"):
+            levels = levels[:1]
+        if self.eta:
+            return self._noisy_weights(start, end, levels)
+        thetas = tuple(level.theta for level in levels)
+        if self.prediction == "data" and end.sigma == 0:
+            # The weight gathers at the end: what counts is the polynomial there.
+            if len(levels) == 1:
+                return 0.0, (end.alpha,)
+            places = coordinate(np.array([*thetas, end.theta]))
+            return 0.0, [end.alpha * w for w in _at(places)]
+        sign = -self._size(end) if self.prediction == "data" else self._size(end)
+        places = None
+        if self.variable == "step":
+            places = (*(-float(j) for j in range(len(levels))), 0.0, 1.0)
+        found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
+        return self._size(end) / self._size(start), [sign * w for w in found]
+
+    def _noisy_weights(self, start: _Level, end: _Level, levels: tuple[_Level, ...]) -> tuple[float, Sequence[float]]:
+        if end.sigma == 0:
+            return 0.0, (end.alpha,)
+        h = end.half_log_snr - start.half_log_snr
+        nodes = tuple(level.half_log_snr for level in levels)
+        span = (start.half_log_snr, end.half_log_snr)
+        found = snr_weights(1 + self.eta**2, self.rule, nodes, span)
+        return end.sigma / start.sigma * math.exp(-(self.eta**2) * h), [end.alpha * w for w in found]
+
+    def _coordinate(self, field: Field) -> Coordinate:
+        if self.variable == "time":
+            return _TimeOf(field.path)
+        return COORDINATES.get(self.variable, COORDINATES["angle"])
+
+
+def _smooth(field: Field, end: _Level) -> bool:
+    """Whether the path's velocity is finite at its end in the data; not where sigma grows like sqrt(t)."""
+    return math.isfinite(float(field.path.sigma_dot(torch.tensor(end.t, dtype=torch.float64))))
+
+
+def _share(end: _Level, start: _Level, fresh: Tensor | None) -> float:
+    """Of the old noise, or of noise drawn anew, in the first state."""
+    return end.sigma / start.sigma if fresh is None else 1.0
+
+
+def _at(places: np.ndarray) -> list[float]:
+    """Weights of the polynomial's value at the last place, by its values at the others."""
+    return lagrange(places[:-1].tolist(), places[-1:])[:, 0].tolist()
+
+
+def DPMpp2M() -> Multistep:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): `D = D_t + h / (2 h_prev) (D_t - D_prev)`, h in half log-SNR."""
+    return Multistep(2, "data", "half-log-snr", corrector=False, rule="midpoint")
+
+
+MULTISTEP: dict[str, Callable[[], Multistep]] = {
+    "abm-4": Multistep,
+    **{f"ab{k}": (lambda k=k: Multistep(k, "velocity", "time", corrector=False)) for k in (2, 3, 4)},
+    **{f"deis-{k}": (lambda k=k: Multistep(k, "noise", "time", corrector=False)) for k in (2, 3)},
+    "ipndm": lambda: Multistep(4, "noise", "step", corrector=False, rule="mean"),
+    "dpmpp-2m": DPMpp2M,
+    "dpmpp-3m": lambda: Multistep(3, "data", "half-log-snr", corrector=False),
+    **{f"unipc-{k}": (lambda k=k: Multistep(k, "data", "half-log-snr")) for k in (2, 3)},
+    "dpmpp-2m-sde": lambda: Multistep(2, "data", "half-log-snr", corrector=False, rule="midpoint", eta=1.0),
+    "dpmpp-3m-sde": lambda: Multistep(3, "data", "half-log-snr", corrector=False, eta=1.0),
+}
