@@ -46,7 +46,7 @@ STOCHASTIC: dict[str, Solver] = {
 }
 SOLVERS = {**DETERMINISTIC, **STOCHASTIC}
 # Where the order shows later than between 100 and 200 steps.
-COUNTS = {name: (200, 400) for name in ("abm-4", "multistep 5", "multistep 3, velocity of the straight path")}
+COUNTS = dict.fromkeys(("abm-4", "multistep 5", "multistep 3, velocity of the straight path"), (200, 400))
 COUNTS |= {"dpmpp-3m-sde": (800, 1600)}
 
 

@@ -65,6 +65,10 @@ class Solver(ABC):
         """The solver for a run of that many steps; only churn, which is shared among them, depends on it."""
         return self
 
+    def for_event(self, event: Sequence[int]) -> Solver:
+        """The solver for data of that shape, (*event)."""
+        return self
+
     def init(self, field: Field, x: Event, t: Scalar) -> Any:
         """What the first step needs to know of the past: nothing."""
         return None

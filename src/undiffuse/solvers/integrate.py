@@ -126,7 +126,7 @@ def integrate(
         callback: called with a `Step` after each step.
     """
     run = field if isinstance(field, Bound) else Bound(field, grid=grid)
-    solver = solver.for_steps(len(grid) - 1)
+    solver = solver.for_steps(len(grid) - 1).for_event(x.shape[1:])
     draw = noise if noise is not None else _no_noise
     state = solver.init(run, x, grid[0])
     for index, (t, s) in enumerate(pairwise(grid.unbind())):

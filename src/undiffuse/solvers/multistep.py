@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,51 +23,20 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales, weighted_sum
-from undiffuse.solvers.grids import make_grid
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, weighted_sum
+from undiffuse.solvers.grids import curved_angle, make_grid
+from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
 from undiffuse.solvers.runge_kutta import velocity_coefficients
 
 TURNS = {"noise": 0.0, "data": 1.0}
-RULES = dict.fromkeys(("exact", "midpoint", "mean"))
-# Where alpha is 0 a model's answer is the mean of the data whatever x: there it is asked at this sigma / alpha instead.
-_EARLIEST = math.atan(160.0)
+RULES: dict[str, None] = {"exact": None, "midpoint": None, "mean": None}
+# Where alpha is 0 a model's answer is the mean of the data whatever x: it is asked at this angle instead.
+_EARLIEST = math.atan(20.0)
 _QUARTER = 0.5 * math.pi
-
-
-@dataclass(frozen=True)
-class _TimeOf:
-    """t as a function of the angle; equal for one and the same path, so that weights are found again."""
-
-    path: Path
-
-    def __call__(self, theta: np.ndarray) -> np.ndarray:
-        return self.path.time_of_angle(torch.from_numpy(np.asarray(theta, dtype=np.float64))).numpy()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _TimeOf) and other.path is self.path
-
-    def __hash__(self) -> int:
-        return id(self.path)
-
-
-@dataclass(frozen=True)
-class _Level:
-    """A time, its angle and its scales."""
-
-    t: float
-    theta: float
-    alpha: float
-    sigma: float
-
-    @staticmethod
-    def of(field: Field, t: Tensor) -> _Level:
-        alpha, sigma = scales(field, t)
-        return _Level(float(t), math.atan2(sigma, alpha), alpha, sigma)
-
-    @property
-    def half_log_snr(self) -> float:
-        return math.log(self.alpha / self.sigma)
+# A polynomial of k evaluations is not followed where its weights are TRUST^k times larger than their sum: far beyond
+# its nodes, where steps grow fast. On equal steps they are (1.2 to 1.7)^k times larger.
+_TRUST = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +47,9 @@ class _Past:
     corrector of noise say, and is taken as it is.
     """
 
-    levels: tuple[_Level, ...] = ()
+    levels: tuple[Level, ...] = ()
     values: tuple[Tensor, ...] = ()
-    start: _Level | None = None
+    start: Level | None = None
     x: Tensor | None = None
     x_next: Tensor | None = None
 
@@ -96,7 +65,7 @@ class Multistep(Solver):
     are of the angle, and the corrector is used; both ends of every path are then ordinary points.
 
     The first steps have fewer evaluations to go by and are of lower order. A step out of alpha = 0 has none before it,
-    and asks at sigma / alpha = 160, where x is still its noise; there is no use in asking for the mean of the data.
+    and asks at sigma / (scale alpha) = 20, where x is still its noise: there is no use in asking for the data's mean.
 
     Args:
         points: evaluations of the predictor's polynomial, the one at the step's start among them. The corrector takes
@@ -108,6 +77,8 @@ class Multistep(Solver):
         corrector: predict, evaluate, correct.
         rule: "exact"; "midpoint": the polynomial's value in the middle of the step; "mean": its mean over the step.
             These two are of order 2 at most.
+        scale: of the data, the unit of alpha in all of the above but "time" and "step"; None: by their size, see
+            `for_event`.
         eta: noise as a share of the forward SDE's: 0 for the ODE, 1 for the reverse SDE of the path. For "data" in the
             half log-SNR, without corrector (Lu et al. 2022b, section 5; Xue et al. 2023); of weak order 2 at most.
 
@@ -121,6 +92,7 @@ class Multistep(Solver):
     corrector: bool = True
     rule: str = "exact"
     eta: float = 0.0
+    scale: float | None = None
 
     def __post_init__(self):
         if not (isinstance(self.points, int) and 1 <= self.points <= 8):
@@ -133,6 +105,8 @@ class Multistep(Solver):
         choose(self.rule, RULES, "rule")
         if self.variable == "step" and (self.rule == "exact" or self.corrector):
             raise ArgumentError("variable 'step' knows nothing between steps: use the rule 'mean' and no corrector")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise ArgumentError(f"scale is {self.scale}: expected a number above 0, the spread of the data")
         if not 0 <= self.eta < math.inf:
             raise ArgumentError(f"eta is {self.eta}: expected 0 (the ODE) or more (1: the reverse SDE)")
         if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
@@ -158,13 +132,28 @@ class Multistep(Solver):
         share = TURNS.get(self.prediction, 0.0) if isinstance(self.prediction, str) else self.prediction
         return share * _QUARTER
 
+    @property
+    def unit(self) -> float:
+        """The scale; 1 where none was given."""
+        return self.scale or 1.0
+
+    def for_event(self, event: Sequence[int]) -> Multistep:
+        """With the scale of data of that shape: `0.18 sqrt(D)`, at least 1.
+
+        That is about the spread of D alike pixels of spread 1 along their widest direction, their common brightness,
+        which is the first to rise out of the noise: 10 for images of 32 x 32 in colour.
+        """
+        return self if self.scale is not None else replace(self, scale=max(1.0, 0.18 * math.sqrt(math.prod(event))))
+
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
-        """Equal steps in angle^(4/7), measured for the default setting; "canonical" for the rest (see `Solver`)."""
-        return make_grid(path, steps, "curved-angle" if self.variable == "angle" else "canonical")
+        """ "curved-angle" at the data's scale, measured for the default setting; "canonical" for other variables."""
+        return make_grid(path, steps, curved_angle(self.unit) if self.variable == "angle" else "canonical")
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        if self.scale is None:
+            return self.for_event(x.shape[1:]).step(field, x, t, s, state, noise)
         past: _Past = state if state is not None else _Past()
-        start, end = _Level.of(field, t), _Level.of(field, s)
+        start, end = (Level.of(field, time, self.unit) for time in (t, s))
         if start.alpha == 0:
             return self._first(field, x, start, end, noise)
         denoised = field(x, t)
@@ -180,36 +169,38 @@ class Multistep(Solver):
             moved = torch.add(moved, noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
         return moved, _Past(levels, values, start, x, moved)
 
-    def _first(self, field: Field, x: Event, start: _Level, end: _Level, noise: Noise) -> tuple[Event, Any]:
+    def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
         """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, x = sigma z, D asked where z is all but all of x."""
         theta = max(_EARLIEST, 0.5 * (start.theta + end.theta))
-        t = field.path.time_of_angle(torch.tensor(theta, dtype=torch.float64))
-        level = _Level.of(field, t)
+        t = field.path.time_of_angle(torch.tensor(own_angle(theta, self.unit), dtype=torch.float64))
+        level = Level.of(field, t, self.unit)
         denoised = field(x * (level.sigma / start.sigma), t)
         if self.prediction == "velocity":
             rate = velocity_coefficients(field, t)
-            on_noise, on_denoised = rate[0] * level.sigma, rate[1] + rate[0] * level.alpha
+            on_noise, on_denoised = rate[0] * level.sigma, rate[1] + rate[0] * level.alpha / self.unit
         else:
-            on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi)
+            on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
         data = self.prediction == "data"
         value = denoised if data else weighted_sum((x, denoised), (on_noise / start.sigma, on_denoised))
-        fresh = (noise() * end.sigma) if self.eta else None
-        moved = weighted_sum((x if fresh is None else fresh, denoised), (_share(end, start, fresh), end.alpha))
+        old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
+        moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
         return moved, _Past((level,), (value,), start, x, moved)
 
-    def _value(self, field: Field, x: Event, denoised: Event, level: _Level, t: Tensor) -> Event:
+    def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Event:
         """P at a level: `(cos(phi) x - N D) / sigma`; D itself where it is -D."""
         if self.prediction == "data":
             return denoised
         if self.prediction == "velocity":
             return weighted_sum((x, denoised), velocity_coefficients(field, t))
-        return weighted_sum((x, denoised), (math.cos(self.phi) / level.sigma, -self._size(level) / level.sigma))
+        return weighted_sum(
+            (x, denoised), (math.cos(self.phi) / level.sigma, -self._size(level) / (level.sigma * self.unit))
+        )
 
-    def _size(self, level: _Level) -> float:
+    def _size(self, level: Level) -> float:
         """N."""
         return math.cos(self.phi) * level.alpha + math.sin(self.phi) * level.sigma
 
-    def _regular(self, start: _Level | None, end: _Level) -> bool:
+    def _regular(self, start: Level | None, end: Level) -> bool:
         """Whether a step can be made anew: with the noise it cannot where it began in alpha = 0."""
         return start is not None and (start.alpha > 0 or self.phi > 0)
 
@@ -217,27 +208,30 @@ class Multistep(Solver):
         self,
         field: Field,
         x: Event | None,
-        start: _Level | None,
-        end: _Level,
-        levels: tuple[_Level, ...],
+        start: Level | None,
+        end: Level,
+        levels: tuple[Level, ...],
         values: tuple[Tensor, ...],
     ) -> Event:
         """x carried from one level to another by the polynomial through evaluations."""
         assert x is not None
         assert start is not None
         on_x, weights = self._weights(field, start, end, levels)
+        while sum(map(abs, weights)) > _TRUST ** len(weights) * abs(sum(weights)):
+            on_x, weights = self._weights(field, start, end, levels[: len(weights) - 1])
         if on_x == 0:
             return weighted_sum(values[: len(weights)], weights)
         return weighted_sum((x, *values[: len(weights)]), (on_x, *weights))
 
     def _weights(
-        self, field: Field, start: _Level, end: _Level, levels: tuple[_Level, ...]
+        self, field: Field, start: Level, end: Level, levels: tuple[Level, ...]
     ) -> tuple[float, Sequence[float]]:
         """Weights of x and of the evaluations."""
-        if self.prediction == "velocity" and end.sigma == 0 and (len(levels) == 1 or not _smooth(field, end)):
+        if self.prediction == "velocity" and end.sigma == 0 and (len(levels) == 1 or not smooth_end(field, end)):
             # Closed form: E[x_0] at the start, of which the velocity and x are made.
             rate = velocity_coefficients(field, torch.tensor(start.t, dtype=torch.float64))
-            return -rate[0] / rate[1] * end.alpha, (end.alpha / rate[1],)
+            alpha = end.alpha / self.unit
+            return -rate[0] / rate[1] * alpha, (alpha / rate[1],)
         if self.prediction == "velocity":
             return 1.0, time_weights(tuple(level.t for level in levels), (start.t, end.t))
         coordinate = self._coordinate(field)
@@ -249,39 +243,29 @@ class Multistep(Solver):
         if self.prediction == "data" and end.sigma == 0:
             # The weight gathers at the end: what counts is the polynomial there.
             if len(levels) == 1:
-                return 0.0, (end.alpha,)
+                return 0.0, (end.alpha / self.unit,)
             places = coordinate(np.array([*thetas, end.theta]))
-            return 0.0, [end.alpha * w for w in _at(places)]
-        sign = -self._size(end) if self.prediction == "data" else self._size(end)
+            return 0.0, [end.alpha / self.unit * w for w in _at(places)]
+        sign = -self._size(end) / self.unit if self.prediction == "data" else self._size(end)
         places = None
         if self.variable == "step":
             places = (*(-float(j) for j in range(len(levels))), 0.0, 1.0)
         found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
         return self._size(end) / self._size(start), [sign * w for w in found]
 
-    def _noisy_weights(self, start: _Level, end: _Level, levels: tuple[_Level, ...]) -> tuple[float, Sequence[float]]:
+    def _noisy_weights(self, start: Level, end: Level, levels: tuple[Level, ...]) -> tuple[float, Sequence[float]]:
         if end.sigma == 0:
-            return 0.0, (end.alpha,)
+            return 0.0, (end.alpha / self.unit,)
         h = end.half_log_snr - start.half_log_snr
         nodes = tuple(level.half_log_snr for level in levels)
         span = (start.half_log_snr, end.half_log_snr)
         found = snr_weights(1 + self.eta**2, self.rule, nodes, span)
-        return end.sigma / start.sigma * math.exp(-(self.eta**2) * h), [end.alpha * w for w in found]
+        return end.sigma / start.sigma * math.exp(-(self.eta**2) * h), [end.alpha / self.unit * w for w in found]
 
     def _coordinate(self, field: Field) -> Coordinate:
         if self.variable == "time":
-            return _TimeOf(field.path)
+            return TimeOf(field.path, self.unit)
         return COORDINATES.get(self.variable, COORDINATES["angle"])
-
-
-def _smooth(field: Field, end: _Level) -> bool:
-    """Whether the path's velocity is finite at its end in the data; not where sigma grows like sqrt(t)."""
-    return math.isfinite(float(field.path.sigma_dot(torch.tensor(end.t, dtype=torch.float64))))
-
-
-def _share(end: _Level, start: _Level, fresh: Tensor | None) -> float:
-    """Of the old noise, or of noise drawn anew, in the first state."""
-    return end.sigma / start.sigma if fresh is None else 1.0
 
 
 def _at(places: np.ndarray) -> list[float]:

@@ -50,7 +50,7 @@ def sample(
     shape: Sequence[int] | None = None,
     *,
     noise: Tensor | None = None,
-    solver: str | Solver | Kernel = "dpmpp-2m",
+    solver: str | Solver | Kernel = "abm-4",
     steps: int = 20,
     grid: str | Tensor | None = None,
     cond: Cond = None,
@@ -120,6 +120,7 @@ def sample(
             f"solver '{solver}' follows a path, and {type(field).__name__} has none: give a Denoiser, or a Markov "
             f"kernel ({', '.join(KERNELS)})"
         )
+    chosen = chosen.for_event(sizes[1:])
     times = _times(field.path, chosen, steps, grid)
     start = z if noise is not None else z * float(field.path.sigma(times[0]))
     record: list[Step] = []
