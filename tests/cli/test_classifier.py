@@ -230,7 +230,13 @@ def test_runs_of_another_kind_are_refused(plain, guide, command, run, other, cod
         (["report", "GUIDE"], 4, "trained a classifier, no denoiser"),
         (["edit", "GUIDE", "colourise", "a.png"], 2, "trained a classifier; edit needs a denoiser"),
         (["evaluate", "GUIDE", "--solver", "heun"], 2, "--solver: "),
-        (["evaluate", "GUIDE", "--metrics", "frechet"], 2, "unknown metric 'frechet'"),
+        (
+            ["evaluate", "GUIDE", "--metrics", "frechet"],
+            2,
+            "unknown metric 'frechet' where model.kind is",
+        ),
+        (["evaluate", "GUIDE", "evaluation.metrics=[acuracy]"], 2, "Did you mean 'accuracy'?"),
+        (["evaluate", "GUIDE", "evaluation.metrics=[]"], 2, "evaluation.metrics"),
         (["evaluate", "GUIDE", "--batch-size", 0], 2, "--batch-size 0"),
     ],
 )
@@ -238,6 +244,10 @@ def test_commands_that_a_classifier_has_no_answer_to(guide, command, line, code,
     done = command(*[guide.folder if word == "GUIDE" else word for word in line])
     assert done.exit_code == code, done.stderr
     assert says in done.stderr
+
+
+def without_time(result):
+    return {key: value for key, value in result.items() if key != "at"}
 
 
 def test_from_training_to_figures(command, tmp_path):
@@ -254,6 +264,19 @@ def test_from_training_to_figures(command, tmp_path):
         [0.1009, 0.3007, 0.5005, 0.7003, 0.9001]
     )
     assert ud.load_run(tmp_path / "run").evaluations() == measured.json()["results"]
+    # What is asked for alone is the same figure, and nothing else is recorded.
+    for words, wanted in (
+        (["evaluation.metrics=[accuracy]"], [accuracy]),
+        (["--metrics", "accuracy,cross-entropy"], [accuracy, loss]),
+        (["--metrics", "cross-entropy"], [loss]),
+    ):
+        alone = command("evaluate", "run", "--n", 300, "--json", *words)
+        assert [without_time(one) for one in alone.json()["results"]] == [without_time(one) for one in wanted]
+    names = [one["name"] for one in ud.load_run(tmp_path / "run").evaluations()]
+    assert names == ["cross-entropy", "accuracy", "accuracy", "accuracy", "cross-entropy", "cross-entropy"]
+    said = command("evaluate", "run", "--n", 300, "--metrics", "cross-entropy").stdout
+    assert f"cross entropy {loss['value']:.4f}" in said
+    assert "noise level" not in said
     # The figure is that of the library, at other times and noises.
     run = ud.load_run(tmp_path / "run")
     x, labels = run.recipe.data("held-out").batch(torch.arange(300))

@@ -109,7 +109,11 @@ def test_every_default_is_written_and_read_again():
         ("evaluation.grid=time", "evaluation.grid: a classifier draws no samples"),
         ("training.sample_every=1", "training.sample_every: a classifier draws no samples"),
         ("training.cond_dropout=0.1", "training.cond_dropout: the classes are what a classifier learns"),
-        ("evaluation.metrics=[frechet]", "unknown metric 'frechet'"),
+        (
+            "evaluation.metrics=[accuracy, frechet]",
+            "evaluation.metrics: unknown metric 'frechet' where model.kind is classifier: it is of kind denoiser or "
+            "energy. Known: cross-entropy, accuracy.",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(override, says):
@@ -127,6 +131,11 @@ def test_data_without_classes_or_with_others_are_refused():
 def test_an_objective_of_a_classifier_trains_no_denoiser():
     with pytest.raises(RecipeError, match="For a classifier, to classifier; its objective: noisy-classification"):
         ud.load_recipe("gaussians", ["objective={name: noisy-classification}"])
+
+
+def test_a_denoiser_has_no_metric_of_a_classifier():
+    with pytest.raises(RecipeError, match=r"'accuracy' where model\.kind is denoiser: it is of kind classifier"):
+        ud.load_recipe("gaussians", ["evaluation.metrics=[accuracy]"])
 
 
 def test_a_run_of_a_classifier(trained):
