@@ -284,6 +284,25 @@ def test_by_default_unlike_samples_lie_apart(image_run, command):
     assert len(places) == 5
 
 
+def test_what_another_solver_leaves_out_is_said(image_run, command, tmp_path):
+    """A recipe's corrector belongs to its solver: --solver comes without it, and the command says so."""
+    corrected = tmp_path / "corrected"
+    shutil.copytree(image_run.folder, corrected)
+    recipe = ud.load_recipe(corrected / "recipe.yaml", ["sampling.corrector=langevin", "sampling.solver=ddpm"])
+    (corrected / "recipe.yaml").write_text(recipe.to_yaml())
+    asked = ["sample", corrected, "--seeds", "0-1", "--format", "npz", "--json"]
+    whole, other = command(*asked), command(*asked, "--solver", "dopri5")
+    assert (whole.exit_code, other.exit_code) == (0, 0), other.stderr
+    assert "ddpm + langevin(snr=0.16, steps=1, rule=score), 3 steps" in whole.stderr
+    assert "without" not in whole.stderr
+    assert (
+        "(without the recipe's corrector langevin(snr=0.16, steps=1, rule=score), which belongs to its own"
+        in other.stderr
+    )
+    assert whole.json()["corrector"]["snr"] == 0.16
+    assert "corrector" not in other.json()
+
+
 def test_network_calls_are_counted(image_run, command):
     for solver, steps, nfe in (("heun", 5, 9), ("dpmpp-2m", 5, 5)):
         words = [

@@ -29,11 +29,16 @@ Ema = Annotated[
 Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step. Default: the newest.")]
 SolverName = Annotated[
     str | None,
-    typer.Option(help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's."),
+    typer.Option(
+        help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's. Another than "
+        "that comes without the recipe's corrector."
+    ),
 ]
 CorrectorName = Annotated[
     str | None,
-    typer.Option(help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's."),
+    typer.Option(
+        help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's, with its solver only."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]

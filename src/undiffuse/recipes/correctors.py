@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from undiffuse.core.errors import RecipeError
+from undiffuse.recipes.schema import SamplingSection
 from undiffuse.recipes.tables import make, resolve
 from undiffuse.solvers import CORRECTORS, Corrector
 
@@ -33,6 +34,22 @@ def resolve_corrector(choice: Mapping[str, Any], where: str) -> dict[str, Any]:
 def corrector(choice: Mapping[str, Any] | None) -> Corrector | None:
     """The corrector that a choice stands for; None where there is none."""
     return None if choice is None else make(TABLE, choice, "corrector", "sampling.corrector")
+
+
+def overlaid(section: SamplingSection, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers of choices change in a recipe's `sampling`, later ones above earlier ones; None says nothing.
+
+    A corrector belongs to its predictor: a solver of another name comes without the corrector of the one that it
+    replaces, unless its own layer has one.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        said = {key: value for key, value in layer.items() if value is not None}
+        solver, corrected = found.get("solver", section.solver), found.get("corrector", section.corrector)
+        if corrected is not None and said.get("solver", solver)["name"] != solver["name"]:
+            found["corrector"] = {"name": NONE}
+        found |= said
+    return found
 
 
 def check_correctors(tree: dict[str, Any]) -> None:
