@@ -79,7 +79,11 @@ def edit(
 
     found = load_run(run)
     if found.recipe.kind != "denoiser":
-        raise ArgumentError(f"{found.folder} trained {USES[found.recipe.kind][0]}; edit needs a denoiser")
+        what, use = USES[found.recipe.kind]
+        use = use.format(folder=found.folder)
+        raise ArgumentError(
+            f"{found.folder} trained {what}; edit needs a denoiser, of whole pictures. Of this one: {use}"
+        )
     defaults = {"solver": {"name": SOLVER}, "steps": STEPS, "corrector": {"name": "none"}, "denoise": False}
     how = How(solver, steps, None, batch_size, label, ema, step, device, guide=guide_of(classifier, classifier_scale))
     model = Model.load(found, how, defaults)

@@ -27,10 +27,11 @@ USES = {
         "a denoiser",
         "use run.denoiser(); its score at one time, as of an energy, is undiffuse.fields.energy.DenoiserAt",
     ),
-    "energy": ("an energy", "use run.energy()"),
+    "energy": ("an energy", "use run.energy(), or draw from it: undiffuse sample {folder} (or evaluate, report)"),
     "classifier": (
         "a classifier",
-        "use run.classifier(), or guide the samples of a denoiser by it: undiffuse sample RUN --classifier {folder}",
+        "use run.classifier(), or guide the samples of a denoiser by it: undiffuse sample RUN --classifier {folder} "
+        "(undiffuse evaluate {folder} measures it)",
     ),
 }
 _STAMPED = re.compile(r"(?P<name>.+)-(?P<stamp>\d{8}-\d{6})(?:-(?P<count>\d+))?")
