@@ -24,9 +24,10 @@ RING = {
     "name": "ring",
     "data": {"source": "gaussians", "n": 20_000},
     "path": {"name": "vp"},
-    "model": {"kind": "classifier", "net": {"name": "classifier-mlp", "hidden": 64, "layers": 2}},
+    "model": {"kind": "classifier", "net": {"name": "classifier-mlp", "hidden": 64, "layers": 1}},
     "objective": {"name": "noisy-classification", "time": "uniform"},
-    "training": {"steps": 300, "batch": 256, "lr": 1e-2, "schedule": "cosine", "ema": [20]},
+    # Few large steps: what a step costs here is its overhead. Found: 0.007 nats missing.
+    "training": {"steps": 75, "batch": 1024, "lr": 2e-2, "betas": [0.9, 0.95], "schedule": "cosine", "ema": [5]},
 }
 
 
@@ -200,12 +201,13 @@ def test_the_ring_is_told_apart_as_well_as_it_can_be(tmp_path):
     assert -4 * error < excess < 0.01
     assert error < 0.001
     assert float(best.mean()) == pytest.approx(math.log(8) - 0.454, abs=0.01)
-    # Guided by it, the exact unconditional denoiser draws from the mode that it is told; found: 97 % at scale 1, where
-    # the exact classifier has 100 %, and 100 % at 2. Without a guide 12.5 % would.
+    # Guided by it, the flow of the exact unconditional denoiser leads to the mode that it is told; found: 97 % at scale
+    # 1, where the exact classifier has 100 %, and 100 % at 2. Without a guide 12.5 % would.
     cond = torch.arange(400) % 8
     for scale, share in ((1.0, 0.93), (2.0, 0.99)):
         guided = ud.ClassifierGuidance(law.denoiser(ud.VP()), model, scale)
-        got = ud.sample(guided, (400, 2), solver="ddpm", steps=60, cond=cond, seed=0, dtype=F64)
+        chosen = {"solver": "dpmpp-2m", "steps": 20, "grid": "half-log-snr"}
+        got = ud.sample(guided, (400, 2), cond=cond, seed=0, dtype=F64, **chosen)
         own = torch.cdist(got, means).argmin(1) == cond
         assert float(own.double().mean()) > share
         inside = (got - means[cond])[own]
