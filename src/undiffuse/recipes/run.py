@@ -59,7 +59,7 @@ def find_run(run: str | Path, runs: Path = RUNS) -> Path:
     by_name: dict[str, list[Path]] = {}
     for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
         stamped = _STAMPED.fullmatch(folder.name)
-        if folder.is_dir():
+        if folder.is_dir() and not folder.name.startswith("."):  # an import that was killed
             by_name.setdefault(stamped["name"] if stamped else folder.name, []).append(folder)
     if str(run) in by_name:
         return max(by_name[str(run)], key=_age)
