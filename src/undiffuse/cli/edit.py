@@ -92,7 +92,8 @@ def edit(
     settings = model.settings() | {"task": task, "n": n, "seed": seed, "resample": resample, "grid": None}
     folder = out or model.run.folder / "samples" / f"edit-{task}-{_key(settings, work)}"
     screen = Console(json, quiet)
-    screen.say(f"{task}: {len(images)} pictures, {n} results each; {model.run.folder} (step {model.step}), {folder}")
+    many = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
+    screen.say(f"{task}: {many}, {n} results each; {model.run.folder} (step {model.step}), {folder}")
     say_guide(model.guide, model.note, screen)
     results = _draw(model, work, [seed + i for i in range(n)], resample, screen)
     files = _write(folder, stems, seed, work.given, results)
