@@ -72,7 +72,7 @@ def test_another_solver_comes_without_the_recipe_s_corrector(run):
     def model(solver=None, corrector=None, changes=None):
         return Model.load(run, How(solver=solver, corrector=corrector, device="cpu"), changes)
 
-    for solver, calls in (("dpmpp-2m", 3), ("dopri5", None)):
+    for solver, calls in (("dpmpp-2m", 3), ("tsit5", None)):
         other = model(solver)
         assert other.sampler.corrector is None
         assert other.said.startswith(f"{other.sampler.said}, 3 steps, ")
@@ -85,6 +85,7 @@ def test_another_solver_comes_without_the_recipe_s_corrector(run):
         )
     # Settings of the same solver keep it, and so does saying it; "none" needs no explanation.
     assert model("reverse-diffusion:eta=0.5").sampler.corrector["snr"] == 0.1
+    assert model("stay").sampler.corrector["snr"] == 0.1  # which would do nothing alone
     assert model("dpmpp-2m", "langevin:snr=0.2").sampler.corrector["snr"] == 0.2
     for told in (model(), model("reverse-diffusion"), model("dpmpp-2m", "langevin"), model("dpmpp-2m", "none")):
         assert told.left_out is None
