@@ -38,6 +38,11 @@ def guide(place) -> ud.Run:
     return ud.train(ud.load_recipe("classifier-digits", TOLD), place / "guide")
 
 
+@pytest.fixture(scope="module")
+def energy(place) -> ud.Run:
+    return ud.train(ud.load_recipe("ebm-ring", [*overrides("ebm-ring"), "data.n=100"]), place / "energy")
+
+
 def words(plain, guide, *more):
     return ["sample", plain.folder, "--classifier", guide.folder, *more]
 
@@ -210,16 +215,33 @@ def test_wrong_options_are_explained(plain, guide, command, tmp_path, verb, flag
 @pytest.mark.parametrize(
     ("run", "other", "code", "says"),
     [
-        ("plain", "plain", 4, "trained a denoiser, no classifier: use run.denoiser()"),
-        ("guide", "guide", 4, "trained a classifier, no denoiser: use run.classifier()"),
+        ("plain", "plain", 4, "plain trained a denoiser: expected the run of a classifier of noisy data. Train one on"),
+        (
+            "plain",
+            "energy",
+            4,
+            "energy trained an energy: expected the run of a classifier of noisy data. Train one on",
+        ),
+        (
+            "guide",
+            "guide",
+            4,
+            "guide trained a classifier, no denoiser: use run.classifier(), or guide the samples of a",
+        ),
+        ("energy", "guide", 4, "energy trained an energy: a classifier guides the samples of a denoiser; give a run"),
         ("plain", "nowhere", 4, "there is no run folder 'nowhere'"),
     ],
 )
-def test_runs_of_another_kind_are_refused(plain, guide, command, run, other, code, says):
-    runs = {"plain": plain.folder, "guide": guide.folder, "nowhere": "nowhere"}
+def test_runs_of_another_kind_are_refused(plain, guide, energy, command, run, other, code, says):
+    runs = {"plain": plain.folder, "guide": guide.folder, "energy": energy.folder, "nowhere": "nowhere"}
     done = command("sample", runs[run], "--classifier", runs[other], "--label", 3)
     assert done.exit_code == code, done.stderr
     assert says in done.stderr
+    # What it says to train is on the path of the denoiser.
+    advice = re.search(r"undiffuse train RECIPE '(path=[^']*)'", done.stderr)
+    assert (advice is None) == (run != "plain" or other == "nowhere")
+    if advice is not None:
+        assert ud.load_recipe("classifier-digits", [advice[1]]).path() == plain.recipe.path()
 
 
 @pytest.mark.parametrize(
@@ -228,9 +250,17 @@ def test_runs_of_another_kind_are_refused(plain, guide, command, run, other, cod
         (["sample", "GUIDE"], 4, "trained a classifier, no denoiser: use run.classifier(), or guide the samples of a"),
         (["likelihood", "GUIDE"], 4, "undiffuse sample RUN --classifier"),
         (["report", "GUIDE"], 4, "trained a classifier, no denoiser"),
-        (["edit", "GUIDE", "colourise", "a.png"], 2, "trained a classifier; edit needs a denoiser"),
+        (["edit", "GUIDE", "colourise", "a.png"], 2, "trained a classifier; edit needs a denoiser, of whole pictures"),
+        (["train", "score-sde-digits", "--run", "GUIDE"], 4, "the recipe has changed since run folder"),
+        (["sample", "GUIDE", "--solver", "heun"], 4, "trained a classifier, no denoiser"),
         (["evaluate", "GUIDE", "--solver", "heun"], 2, "--solver: "),
-        (["evaluate", "GUIDE", "--metrics", "frechet"], 2, "unknown metric 'frechet'"),
+        (
+            ["evaluate", "GUIDE", "--metrics", "frechet"],
+            2,
+            "unknown metric 'frechet' where model.kind is",
+        ),
+        (["evaluate", "GUIDE", "evaluation.metrics=[acuracy]"], 2, "Did you mean 'accuracy'?"),
+        (["evaluate", "GUIDE", "evaluation.metrics=[]"], 2, "evaluation.metrics"),
         (["evaluate", "GUIDE", "--batch-size", 0], 2, "--batch-size 0"),
     ],
 )
@@ -238,6 +268,30 @@ def test_commands_that_a_classifier_has_no_answer_to(guide, command, line, code,
     done = command(*[guide.folder if word == "GUIDE" else word for word in line])
     assert done.exit_code == code, done.stderr
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        (
+            ["likelihood", "ENERGY"],
+            4,
+            "trained an energy, no denoiser: use run.energy(), or draw from it: undiffuse samp",
+        ),
+        (["edit", "ENERGY", "colourise", "a.png"], 2, "trained an energy; edit needs a denoiser, of whole pictures"),
+        (["evaluate", "ENERGY", "--corrector", "langevin"], 2, "its chains have no corrector"),
+        (["evaluate", "ENERGY", "--metrics", "accuracy"], 2, "'accuracy' where model.kind is energy"),
+    ],
+)
+def test_commands_that_an_energy_has_no_answer_to(energy, command, line, code, says):
+    done = command(*[energy.folder if word == "ENERGY" else word for word in line])
+    assert done.exit_code == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def without_time(result):
+    return {key: value for key, value in result.items() if key != "at"}
 
 
 def test_from_training_to_figures(command, tmp_path):
@@ -254,6 +308,19 @@ def test_from_training_to_figures(command, tmp_path):
         [0.1009, 0.3007, 0.5005, 0.7003, 0.9001]
     )
     assert ud.load_run(tmp_path / "run").evaluations() == measured.json()["results"]
+    # What is asked for alone is the same figure, and nothing else is recorded.
+    for words, wanted in (
+        (["evaluation.metrics=[accuracy]"], [accuracy]),
+        (["--metrics", "accuracy,cross-entropy"], [accuracy, loss]),
+        (["--metrics", "cross-entropy"], [loss]),
+    ):
+        alone = command("evaluate", "run", "--n", 300, "--json", *words)
+        assert [without_time(one) for one in alone.json()["results"]] == [without_time(one) for one in wanted]
+    names = [one["name"] for one in ud.load_run(tmp_path / "run").evaluations()]
+    assert names == ["cross-entropy", "accuracy", "accuracy", "accuracy", "cross-entropy", "cross-entropy"]
+    said = command("evaluate", "run", "--n", 300, "--metrics", "cross-entropy").stdout
+    assert f"cross entropy {loss['value']:.4f}" in said
+    assert "noise level" not in said
     # The figure is that of the library, at other times and noises.
     run = ud.load_run(tmp_path / "run")
     x, labels = run.recipe.data("held-out").batch(torch.arange(300))

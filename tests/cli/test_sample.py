@@ -284,6 +284,25 @@ def test_by_default_unlike_samples_lie_apart(image_run, command):
     assert len(places) == 5
 
 
+def test_what_another_solver_leaves_out_is_said(image_run, command, tmp_path):
+    """A recipe's corrector belongs to its solver: --solver comes without it, and the command says so."""
+    corrected = tmp_path / "corrected"
+    shutil.copytree(image_run.folder, corrected)
+    recipe = ud.load_recipe(corrected / "recipe.yaml", ["sampling.corrector=langevin", "sampling.solver=ddpm"])
+    (corrected / "recipe.yaml").write_text(recipe.to_yaml())
+    asked = ["sample", corrected, "--seeds", "0-1", "--format", "npz", "--json"]
+    whole, other = command(*asked), command(*asked, "--solver", "dopri5")
+    assert (whole.exit_code, other.exit_code) == (0, 0), other.stderr
+    assert "ddpm + langevin(snr=0.16, steps=1, rule=score), 3 steps" in whole.stderr
+    assert "without" not in whole.stderr
+    assert (
+        "(without the recipe's corrector langevin(snr=0.16, steps=1, rule=score), which belongs to its own"
+        in other.stderr
+    )
+    assert whole.json()["corrector"]["snr"] == 0.16
+    assert "corrector" not in other.json()
+
+
 def test_network_calls_are_counted(image_run, command):
     for solver, steps, nfe in (("heun", 5, 9), ("dpmpp-2m", 5, 5)):
         words = [
@@ -315,6 +334,14 @@ def test_network_calls_are_counted(image_run, command):
         (["--solver", "edm:S_chrn=1"], 2, "S_churn"),
         (["--corrector", "langevn"], 2, "Did you mean 'langevin'?"),
         (["--corrector", "langevin:snr=-1"], 2, "expected 0 < snr < 1"),
+        (
+            ["--corrector", "langevin:snr"],
+            2,
+            "'snr' is no setting. Expected NAME:KEY=VALUE,KEY=VALUE, for example --cor",
+        ),
+        (["--corrector", "langevin:0.16"], 2, "--corrector langevin:snr=0.16,steps=2"),
+        (["--corrector", "langevin:snr.x=0.1"], 2, "--corrector langevin:snr.x=0.1: 'snr.x=0.1' is no setting"),
+        (["--solver", "edm:S_churn"], 2, "--solver edm:S_churn: 'S_churn' is no setting. Expected NAME:KEY=VALUE"),
         (["--grid", "tim"], 2, "Did you mean 'time'?"),
         (["--steps", 0], 2, "expected at least 1"),
         (["--batch-size", 0], 2, "expected at least 1"),

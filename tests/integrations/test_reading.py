@@ -1,7 +1,9 @@
 """Files of other projects: code is never run, kinds are recognised, and a run folder comes out of the command."""
 
 import json
+import os
 import pickle
+import signal
 import sys
 
 import pytest
@@ -15,6 +17,8 @@ from undiffuse.cli import app
 from undiffuse.core.errors import ArgumentError, CheckpointError, RunError
 from undiffuse.integrations.reading import import_weights, read_file
 from undiffuse.recipes.adopt import adopt
+from undiffuse.recipes.run import find_run
+from undiffuse.training import locked
 
 FLAGS = " ".join(f"--{name} {value}" for name, value in planted.GUIDED["adm"].items())
 
@@ -170,6 +174,64 @@ def test_a_failed_write_leaves_nothing_behind(failing, error, before, tmp_path, 
     assert adopt(*arguments, folder=place).checkpoints() == [0]
 
 
+def test_a_kill_in_the_middle_leaves_no_run_and_the_next_import_cleans_up(tmp_path, monkeypatch):
+    """SIGKILL when the weights are written and the recipe is not: no run folder, or the empty one that was there."""
+    found = import_weights(edm_file(tmp_path))
+    arguments = ("a", {"net": {"name": "unet", **found.net}, "prediction": "edm"}, found.path, found.weights)
+    for place in (tmp_path / "runs" / "new", tmp_path / "empty"):
+        if place.name == "empty":
+            place.mkdir()
+        child = os.fork()
+        if child == 0:
+            module = sys.modules["undiffuse.recipes.adopt"]
+            monkeypatch.setattr(module, "replace_file", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+            try:
+                adopt(*arguments, folder=place)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        left = place.parent / f".tmp-{place.name}"
+        assert list(left.glob("checkpoints/step-*/*"))
+        assert (list(place.iterdir()) == []) if place.name == "empty" else not place.exists()
+        with pytest.raises(RunError, match="there is no run folder 'a'") as caught:
+            find_run("a", place.parent)
+        assert ".tmp-" not in str(caught.value)
+        (left / "checkpoints" / "stray").touch()
+        assert adopt(*arguments, folder=place).checkpoints() == [0]
+        assert not left.exists()
+        assert {file.name for file in place.rglob("*") if file.suffix != ".safetensors"} == {
+            ".lock", "recipe.yaml", "checkpoints", "step-0000000", "state.json",
+        }  # fmt: skip
+
+
+def test_another_process_that_fills_the_same_place_is_left_alone(tmp_path, monkeypatch):
+    found, place = import_weights(edm_file(tmp_path)), tmp_path / "run"
+    arguments = ("a", {"net": {"name": "unet", **found.net}, "prediction": "edm"}, found.path, found.weights)
+    with locked(tmp_path / ".tmp-run"):
+        (tmp_path / ".tmp-run" / "theirs").touch()
+        with pytest.raises(RunError, match="run is being filled by another process: give another run folder"):
+            adopt(*arguments, folder=place)
+        assert (tmp_path / ".tmp-run" / "theirs").exists()
+    module = sys.modules["undiffuse.recipes.adopt"]
+    real = module.replace_file
+
+    def meanwhile(*given):
+        real(*given)
+        place.mkdir()
+        (place / "theirs").touch()
+
+    monkeypatch.setattr(module, "replace_file", meanwhile)
+    with pytest.raises(RunError, match="run was filled by another process"):
+        adopt(*arguments, folder=place)
+    assert [file.name for file in place.iterdir()] == ["theirs"]
+    assert not (tmp_path / ".tmp-run").exists()
+    monkeypatch.chdir(place)
+    (place / "theirs").unlink()
+    with pytest.raises(RunError, match="the folder you are in"):
+        adopt(*arguments, folder=".")
+
+
 def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
     found, place = import_weights(edm_file(tmp_path)), tmp_path / "run"
     module = sys.modules["undiffuse.recipes.adopt"]
@@ -179,5 +241,5 @@ def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "replace_file", fail)
     monkeypatch.setattr(module.shutil, "rmtree", lambda *given, **named: None)
-    with pytest.raises(RunError, match="remove by hand: checkpoints"):
+    with pytest.raises(RunError, match=r"No space left on device. Left behind, remove by hand: .*\.tmp-run"):
         adopt("a", {"net": {"name": "unet", **found.net}, "prediction": "edm"}, found.path, found.weights, folder=place)

@@ -68,6 +68,38 @@ def test_the_command_may_say_another_or_none(run):
         sampler("langevin:snr=0")
 
 
+def test_another_solver_comes_without_the_recipe_s_corrector(run):
+    def model(solver=None, corrector=None, changes=None):
+        return Model.load(run, How(solver=solver, corrector=corrector, device="cpu"), changes)
+
+    for solver, calls in (("dpmpp-2m", 3), ("tsit5", None)):
+        other = model(solver)
+        assert other.sampler.corrector is None
+        assert other.said.startswith(f"{other.sampler.said}, 3 steps, ")
+        assert "(without the recipe's corrector langevin(snr=0.1, steps=2, rule=score), which belongs" in other.said
+        assert calls is None or other.nfe == calls + 1  # and the last denoising, which is the path's
+        chosen = {"solver": solver, "steps": 3, "grid": "time", "denoise": True}
+        options = {"seed": [5, 6, 7], "cond": torch.tensor([5, 6, 7])}
+        torch.testing.assert_close(
+            other.sampler([5, 6, 7]), ud.sample(run.denoiser(), (3, 1, 8, 8), **chosen, **options)
+        )
+    # Settings of the same solver keep it, and so does saying it; "none" needs no explanation.
+    assert model("reverse-diffusion:eta=0.5").sampler.corrector["snr"] == 0.1
+    assert model("stay").sampler.corrector["snr"] == 0.1  # which would do nothing alone
+    assert model("dpmpp-2m", "langevin:snr=0.2").sampler.corrector["snr"] == 0.2
+    for told in (model(), model("reverse-diffusion"), model("dpmpp-2m", "langevin"), model("dpmpp-2m", "none")):
+        assert told.left_out is None
+        assert "without" not in told.said
+    # So with what `evaluation` says: its corrector is its solver's.
+    its = {"solver": {"name": "ddpm"}}
+    assert model(changes=its).sampler.corrector is None
+    its["corrector"] = {"name": "langevin", "snr": 0.3, "steps": 1, "rule": "level"}
+    assert model(changes=its).sampler.corrector["snr"] == 0.3
+    assert model("ddpm", changes=its).sampler.corrector["snr"] == 0.3
+    assert model("heun", changes=its).sampler.corrector is None
+    assert "langevin(snr=0.3" in model("heun", changes=its).said
+
+
 def test_evaluation_corrects_as_sampling_does_unless_told(run, tmp_path):
     from undiffuse.cli.console import Console
     from undiffuse.cli.measuring import Measuring, load_changed

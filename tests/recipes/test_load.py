@@ -300,6 +300,39 @@ def test_a_recipe_extends_another_by_name_or_file(tmp_path):
     assert Recipe.from_tree(parse_yaml(deeper.to_yaml(), "own")) == deeper
 
 
+KIND = "model: {kind: classifier, net: {name: classifier-conv, width: 4}}\nobjective: {name: noisy-classification}"
+
+
+def test_one_of_another_kind_takes_the_data_the_path_and_the_training_only(tmp_path):
+    written(tmp_path, base="extends: score-sde-digits-ve\nseed: 5\nevaluation: {n: 77, metrics: [frechet]}")
+    written(tmp_path, mine=f"extends: base.yaml\n{KIND}\ntraining: {{steps: 7}}")
+    base, mine = (ud.load_recipe(tmp_path / f"{name}.yaml") for name in ("base", "mine"))
+    assert (base.kind, mine.kind) == ("denoiser", "classifier")
+    assert mine.path() == base.path()
+    assert mine.settings.seed == 5
+    assert mine.settings.data == base.settings.data
+    assert mine.settings.training == base.settings.training | {"steps": 7}
+    ours = ud.load_recipe("classifier-digits", ["model.net={name: classifier-conv, width: 4}", "evaluation.split=null"])
+    assert mine.settings.model == ours.settings.model
+    assert mine.settings.sampling == ours.settings.sampling
+    assert (mine.settings.evaluation.metrics, mine.settings.evaluation.n) == (["cross-entropy", "accuracy"], 10_000)
+    # And on: what extends that is a classifier without saying so, and a denoiser may extend it back.
+    written(tmp_path, more="extends: mine.yaml\nmodel: {net: {width: 6}}\nevaluation: {metrics: [accuracy]}")
+    more = ud.load_recipe(tmp_path / "more.yaml")
+    assert (more.kind, more.settings.model.net["width"]) == ("classifier", 6)
+    assert more.settings.objective == mine.settings.objective
+    written(tmp_path, back="extends: mine.yaml\nmodel: {kind: denoiser, net: unet}")
+    back = ud.load_recipe(tmp_path / "back.yaml")
+    assert (back.kind, back.path(), back.settings.objective.time) == ("denoiser", base.path(), {"name": "uniform"})
+    # The kind that is there already, said or not, is no other.
+    written(tmp_path, same="extends: score-sde-digits-ve\nmodel: {kind: denoiser, net: {width: 16}}")
+    expected = ["name=same", "description=''", "model.net.width=16"]
+    assert ud.load_recipe(tmp_path / "same.yaml") == ud.load_recipe("score-sde-digits-ve", expected)
+    written(tmp_path, energy="extends: gaussians\nmodel: {kind: energy, net: energy-mlp}\nobjective: {name: x}")
+    with pytest.raises(RecipeError, match="write `path: null` where the recipe that this one extends has one"):
+        ud.load_recipe(tmp_path / "energy.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

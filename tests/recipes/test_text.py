@@ -135,6 +135,19 @@ def test_an_override_through_a_number_and_a_bare_string():
         ({"p": "vp"}, {"p": {"beta_max": 9}}, {"p": {"name": "vp", "beta_max": 9}}),
         ({"p": "vp"}, {"p": {"name": "ve", "sigma_min": 1}}, {"p": {"name": "ve", "sigma_min": 1}}),
         ({"o": {"time": "uniform"}}, {"o": {"name": "noise-contrastive"}}, {"o": {"name": "noise-contrastive"}}),
+        # So with a kind, where both say one.
+        (
+            {"m": {"kind": "energy", "net": "a", "p": 1}},
+            {"m": {"kind": "b", "net": "c"}},
+            {"m": {"kind": "b", "net": "c"}},
+        ),
+        (
+            {"m": {"kind": "energy", "p": 1}},
+            {"m": {"kind": "energy", "q": 2}},
+            {"m": {"kind": "energy", "p": 1, "q": 2}},
+        ),
+        ({"m": {"kind": "energy", "p": 1}}, {"m": {"q": 2}}, {"m": {"kind": "energy", "p": 1, "q": 2}}),
+        ({"m": {"p": 1}}, {"m": {"kind": "denoiser", "q": 2}}, {"m": {"p": 1, "kind": "denoiser", "q": 2}}),
     ],
 )
 def test_what_a_recipe_extends_is_merged(base, changes, expected):

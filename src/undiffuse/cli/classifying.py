@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from undiffuse.core.random import Streams
 from undiffuse.fields import NetworkClassifier
 from undiffuse.metrics import Protocol, Result
 from undiffuse.objectives.classification import NoisyClassification
+from undiffuse.paths import Path
+from undiffuse.recipes.classifiers import METRICS
 from undiffuse.recipes.run import Run
 from undiffuse.training import load_checkpoint
 
@@ -48,7 +51,8 @@ def evaluate_classifier(run: Run, how: How, stray: list[str], screen: Console) -
     data = RealData.load(run.recipe, settings.evaluation.split or HELD_OUT)
     if list(data.x.shape[1:]) != run.facts.shape:
         raise DataError(f"{data.name} has shape {list(data.x.shape[1:])}, the run {run.facts.shape}: expected the same")
-    found = measure(classifier, run.recipe.objective(), data, settings.evaluation.n, settings.evaluation.seed, batch)
+    section = settings.evaluation
+    found = measure(classifier, run.recipe.objective(), data, section.n, section.seed, batch, section.metrics)
     protocol = Protocol(
         n=found.n,
         reference=data.name,
@@ -66,21 +70,32 @@ def evaluate_classifier(run: Run, how: How, stray: list[str], screen: Console) -
 
 
 def _record(run: Run, found: Found, protocol: Protocol, screen: Console) -> None:
-    mean = sum(level["accuracy"] for level in found.levels) / len(found.levels)
-    results = [
-        Result("cross-entropy", found.loss, protocol, std=found.error, settings={"draws": DRAWS}),
-        Result("accuracy", mean, protocol, extra={"levels": found.levels}),
-    ]
-    figures = [Figure(result, at=time.strftime("%Y-%m-%dT%H:%M:%S%z")) for result in results]
+    results = {}
+    if found.loss is not None:
+        results["cross-entropy"] = Result(
+            "cross-entropy", found.loss, protocol, std=found.error, settings={"draws": DRAWS}
+        )
+    if found.levels:
+        mean = sum(level["accuracy"] for level in found.levels) / len(found.levels)
+        results["accuracy"] = Result("accuracy", mean, protocol, extra={"levels": found.levels})
+    at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    figures = [Figure(results[name], at=at) for name in dict.fromkeys(run.recipe.settings.evaluation.metrics)]
     append(run.folder / "evaluation.jsonl", figures)
-    screen.table(
-        f"cross entropy {found.loss:.4f} ± {found.error:.2g} nats over the times of training, {found.n:,} of "
-        f"{protocol.reference} ({protocol.split})",
-        ["noise level", "accuracy"],
-        [[_said(one["t"], one["noise"]), f"{one['accuracy']:.3f}"] for one in found.levels],
-    )
+    _print(found, f"{found.n:,} of {protocol.reference} ({protocol.split})", screen)
     screen.say(f"appended to {run.folder / 'evaluation.jsonl'}")
     screen.result({"run": str(run.folder), "results": [figure.to_dict() for figure in figures]})
+
+
+def _print(found: Found, rows: str, screen: Console) -> None:
+    """What was measured of some rows, for people."""
+    title = f"accuracy on {rows}"
+    if found.loss is not None:
+        title = f"cross entropy {found.loss:.4f} ± {found.error:.2g} nats over the times of training, {rows}"
+    if not found.levels:
+        screen.say(title)
+        return
+    levels = [[_said(one["t"], one["noise"]), f"{one['accuracy']:.3f}"] for one in found.levels]
+    screen.table(title, ["noise level", "accuracy"], levels)
 
 
 def _said(t: float, noise: float | None) -> str:
@@ -90,19 +105,28 @@ def _said(t: float, noise: float | None) -> str:
 @dataclass(frozen=True)
 class Found:
     """Of n rows: the cross entropy in nats, its standard error over rows, and `t`, `noise` (sigma / alpha) and
-    `accuracy` of each level; noise None is infinite."""
+    `accuracy` of each level; noise None is infinite. What was not asked for is None, or no levels."""
 
     n: int
-    loss: float
-    error: float
+    loss: float | None
+    error: float | None
     levels: list[dict[str, Any]]
 
 
 @torch.no_grad()
 def measure(
-    classifier: NetworkClassifier, objective: NoisyClassification, data: RealData, n: int, seed: int, batch: int
+    classifier: NetworkClassifier,
+    objective: NoisyClassification,
+    data: RealData,
+    n: int,
+    seed: int,
+    batch: int,
+    metrics: Sequence[str] = tuple(METRICS),
 ) -> Found:
     """The loss at `DRAWS` times of each of the first n rows that have a class, and the accuracy at `SHARES`.
+
+    Args:
+        metrics: "cross-entropy", "accuracy", or both. Each is the same number with the other or alone.
 
     Raises:
         DataError: there are no such rows.
@@ -117,16 +141,27 @@ def measure(
     losses, hits = [], []
     for part in rows.split(batch):
         x, y, own = data.x[part].to(device), labels[part].to(device), Streams(streams.keys[part].to(device))
-        drawn = [objective(classifier, x, y, own.fold("times").fold(k)) for k in range(DRAWS)]
-        losses.append(torch.stack(drawn, 1).double().mean(1).cpu())
-        noise = own.fold("levels").normal(x.shape, device=device)
-        hits.append(torch.stack([_right(classifier, x, y, t, noise) for t in times.float()], 1).cpu())
-    loss, share = torch.cat(losses), torch.cat(hits).double().mean(0)
+        if "cross-entropy" in metrics:
+            drawn = [objective(classifier, x, y, own.fold("times").fold(k)) for k in range(DRAWS)]
+            losses.append(torch.stack(drawn, 1).double().mean(1).cpu())
+        if "accuracy" in metrics:
+            noise = own.fold("levels").normal(x.shape, device=device)
+            hits.append(torch.stack([_right(classifier, x, y, t, noise) for t in times.float()], 1).cpu())
+    loss = torch.cat(losses) if losses else None
+    return Found(
+        len(rows),
+        None if loss is None else float(loss.mean()),
+        None if loss is None else float(loss.std() / len(loss) ** 0.5),
+        _levels(path, times, torch.cat(hits).double().mean(0)) if hits else [],
+    )
+
+
+def _levels(path: Path, times: Tensor, share: Tensor) -> list[dict[str, Any]]:
+    """The shares of rows read rightly, with the times and noises of their levels."""
     noises = path.sigma(times) / path.alpha(times)
-    rows_of = zip(times.tolist(), noises.tolist(), share.tolist())
+    rows = zip(times.tolist(), noises.tolist(), share.tolist())
     # JSON has no infinity, which sigma / alpha is where alpha = 0.
-    levels = [{"t": t, "noise": s if math.isfinite(s) else None, "accuracy": hit} for t, s, hit in rows_of]
-    return Found(len(rows), float(loss.mean()), float(loss.std() / len(loss) ** 0.5), levels)
+    return [{"t": t, "noise": s if math.isfinite(s) else None, "accuracy": hit} for t, s, hit in rows]
 
 
 def _right(classifier: Any, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Float[Tensor, " b"]:

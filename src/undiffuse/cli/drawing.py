@@ -21,9 +21,11 @@ from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder,
 from undiffuse.core.errors import ArgumentError
 from undiffuse.guidance import ClassifierGuidance
 from undiffuse.recipes.chains import SAMPLERS, EnergySampler, sampler_of
+from undiffuse.recipes.correctors import overlaid, said
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
+from undiffuse.recipes.schema import SamplingSection
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -53,7 +55,10 @@ def seal_of(saved: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model ready to sample, and what identifies it; `guide` identifies the classifier that guides it."""
+    """A trained model ready to sample, and what identifies it; `guide` identifies the classifier that guides it.
+
+    `left_out` is the recipe's corrector in words, where another solver was chosen and nothing was said of it.
+    """
 
     run: Run
     sampler: Sampler | EnergySampler
@@ -62,6 +67,7 @@ class Model:
     seal: str = field(repr=False)
     guide: dict[str, Any] | None = None
     note: str | None = None
+    left_out: str | None = None
 
     @classmethod
     def load(cls, run: Run, how: How, changes: dict[str, Any] | None = None) -> Model:
@@ -94,9 +100,17 @@ class Model:
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
         }
-        wanted = (changes or {}) | {key: value for key, value in given.items() if value is not None}
+        wanted, left_out = _wanted(settings.sampling, changes or {}, given)
         sampler = sampler_of(model, settings, label=how.label, **wanted)
-        return cls(run, sampler, ema, saved.step, seal_of(saved), guide, note)
+        return cls(run, sampler, ema, saved.step, seal_of(saved), guide, note, left_out)
+
+    @property
+    def said(self) -> str:
+        """How samples are drawn, in words."""
+        chosen = f"{self.sampler.said}, {self.sampler.steps} steps, {self.nfe} network calls each"
+        if self.left_out is None:
+            return chosen
+        return f"{chosen} (without the recipe's corrector {self.left_out}, which belongs to its own solver)"
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
@@ -134,6 +148,15 @@ class Model:
         key = hashlib.sha256(json.dumps([self.settings(), text, kind]).encode()).hexdigest()[:8]
         short = text if len(text) <= 24 else f"{len(seeds)}-seeds"
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
+
+
+def _wanted(
+    section: SamplingSection, changes: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """What differs from a recipe's `sampling`; and its corrector in words, where another solver takes that away."""
+    before, after = overlaid(section, changes), overlaid(section, changes, given)
+    had, has = (layer.get("corrector", section.corrector) for layer in (before, after))
+    return after, said(had) if had is not None and had != has and given["corrector"] is None else None
 
 
 def _guided(denoiser: Any, other: Run, scale: float, device: str) -> tuple[ClassifierGuidance, dict[str, Any]]:

@@ -79,7 +79,11 @@ def edit(
 
     found = load_run(run)
     if found.recipe.kind != "denoiser":
-        raise ArgumentError(f"{found.folder} trained {USES[found.recipe.kind][0]}; edit needs a denoiser")
+        what, use = USES[found.recipe.kind]
+        use = use.format(folder=found.folder)
+        raise ArgumentError(
+            f"{found.folder} trained {what}; edit needs a denoiser, of whole pictures. Of this one: {use}"
+        )
     defaults = {"solver": {"name": SOLVER}, "steps": STEPS, "corrector": {"name": "none"}, "denoise": False}
     how = How(solver, steps, None, batch_size, label, ema, step, device, guide=guide_of(classifier, classifier_scale))
     model = Model.load(found, how, defaults)
@@ -88,7 +92,8 @@ def edit(
     settings = model.settings() | {"task": task, "n": n, "seed": seed, "resample": resample, "grid": None}
     folder = out or model.run.folder / "samples" / f"edit-{task}-{_key(settings, work)}"
     screen = Console(json, quiet)
-    screen.say(f"{task}: {len(images)} pictures, {n} results each; {model.run.folder} (step {model.step}), {folder}")
+    many = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
+    screen.say(f"{task}: {many}, {n} results each; {model.run.folder} (step {model.step}), {folder}")
     say_guide(model.guide, model.note, screen)
     results = _draw(model, work, [seed + i for i in range(n)], resample, screen)
     files = _write(folder, stems, seed, work.given, results)

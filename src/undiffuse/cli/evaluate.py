@@ -48,12 +48,13 @@ def evaluate(
 ) -> None:
     """Draw samples of a run and measure them. Appends to evaluation.jsonl in the run folder.
 
-    Every figure carries its protocol: how many samples, against which split, by which solver. Of a classifier, the
-    cross entropy and the accuracy by noise level are measured, on held-out data.
+    Every figure carries its protocol: how many samples, against which split, by which solver. A classifier draws no
+    samples: its metrics are cross-entropy and accuracy (by noise level), on held-out data.
 
     \b
     Examples:
       undiffuse evaluate digits
+      undiffuse evaluate classifier-digits --metrics accuracy
       undiffuse evaluate digits --n 2000 --metrics frechet,precision-recall --solver heun --steps 10
       undiffuse evaluate cifar10 --n 50000 --features inception.pt --sha256 6726... --feature-option return_features
       torchrun --nproc-per-node 8 -m undiffuse.cli evaluate cifar10 --samples 50000
@@ -71,8 +72,7 @@ def evaluate(
     if loaded.recipe.kind == "classifier":
         from undiffuse.cli.classifying import evaluate_classifier
 
-        stray = {"--metrics": metrics, "--features": features, "--solver": solver, "--steps": steps, "--grid": grid}
-        stray |= {"--corrector": corrector}
+        stray = {"--features": features, "--solver": solver, "--corrector": corrector, "--steps": steps, "--grid": grid}
         evaluate_classifier(loaded, how, [name for name, value in stray.items() if value is not None], screen)
         return
     job = Measuring(loaded, how, features, sha256 or "", tuple(feature_option or ()), references)

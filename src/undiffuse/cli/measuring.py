@@ -115,10 +115,7 @@ class Measuring:
         seeds = np.arange(section.seed, section.seed + section.n, dtype=np.int64)
         features = self._features(model)
         folder = model.folder_for(seeds, "eval")
-        screen.say(
-            f"{section.n:,} samples of {self.run.folder} (step {model.step}, weights {model.ema}): "
-            f"{model.sampler.said}, {model.sampler.steps} steps, {model.nfe} network calls each"
-        )
+        screen.say(f"{section.n:,} samples of {self.run.folder} (step {model.step}, weights {model.ema}): {model.said}")
         # What could refuse comes before the hours of sampling.
         reference = RealData.load(self.run.recipe, section.split or "train") if is_lead() else None
         held_out = self._held_out(screen, section.metrics) if is_lead() else None

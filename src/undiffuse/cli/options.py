@@ -29,11 +29,16 @@ Ema = Annotated[
 Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step. Default: the newest.")]
 SolverName = Annotated[
     str | None,
-    typer.Option(help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's."),
+    typer.Option(
+        help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's. Another than "
+        "that comes without the recipe's corrector."
+    ),
 ]
 CorrectorName = Annotated[
     str | None,
-    typer.Option(help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's."),
+    typer.Option(
+        help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's, with its solver only."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
@@ -92,7 +97,7 @@ def parse_solver(text: str | None, settings: Settings) -> dict | None:
         return None
     from undiffuse.recipes.build import resolve_solver
 
-    return resolve_solver(settings, _choice(text), "--solver")
+    return resolve_solver(settings, _choice(text, "--solver", "edm:S_churn=40,S_noise=1.003"), "--solver")
 
 
 def parse_corrector(text: str | None) -> dict | None:
@@ -105,15 +110,26 @@ def parse_corrector(text: str | None) -> dict | None:
         return None
     from undiffuse.recipes.correctors import resolve_corrector
 
-    return resolve_corrector(_choice(text), "--corrector")
+    return resolve_corrector(_choice(text, "--corrector", "langevin:snr=0.16,steps=2"), "--corrector")
 
 
-def _choice(text: str) -> dict:
+def _choice(text: str, option: str, example: str) -> dict:
+    """`NAME:KEY=VALUE,KEY=VALUE` as a mapping of `name` and the settings.
+
+    Raises:
+        ArgumentError: a setting without its value; shows the example.
+    """
     from undiffuse.recipes.text import parse_override
 
     name, _, rest = text.partition(":")
     choice = {"name": name}
     for part in filter(None, rest.split(",")):
-        (key, *_), value = parse_override(part)
+        key, equals, _ = part.partition("=")
+        if not equals or not key.strip() or "." in key:
+            raise ArgumentError(
+                f"{option} {text}: '{part}' is no setting. Expected NAME:KEY=VALUE,KEY=VALUE, for example "
+                f"{option} {example}"
+            )
+        (key,), value = parse_override(part)
         choice[key] = value
     return choice

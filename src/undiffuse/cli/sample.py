@@ -76,10 +76,7 @@ def sample(
     if format != "npz" and not (model.sampler.facts.image or (format == "grid" and drawable)):
         raise ArgumentError(f"--format {format}: samples of shape {shape} are no pictures; use --format npz")
     folder = out or model.folder_for(wanted, format)
-    screen.say(
-        f"{len(wanted):,} samples of {model.run.folder} (step {model.step}, weights {model.ema}): "
-        f"{model.sampler.said}, {model.sampler.steps} steps, {model.nfe} network calls each"
-    )
+    screen.say(f"{len(wanted):,} samples of {model.run.folder} (step {model.step}, weights {model.ema}): {model.said}")
     say_guide(model.guide, model.note, screen)
     done = draw(model, wanted, folder, format, screen)
     if not is_lead():

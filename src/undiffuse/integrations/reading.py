@@ -74,18 +74,21 @@ def read_file(file: Path) -> Any:
     """
     if not file.is_file():
         raise ArgumentError(f"there is no file {file}: expected a checkpoint (.pt, .pth, .safetensors)")
+    instead = _instead(file)
+    if instead is not None:
+        raise CheckpointError(f"{file} cannot be read: {instead}")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors{_instead(file)}: {error}") from error
+            raise CheckpointError(f"{file} cannot be read as safetensors{_if_text(file) or f': {error}'}") from error
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (*_DAMAGES, pickle.UnpicklingError) as error:
         if isinstance(error, pickle.UnpicklingError) and _names_code(file, str(error)):
             raise CheckpointError(f"{file} is {_refused(error)}") from error
-        what = f"{file} cannot be read (truncated, altered, or no checkpoint){_instead(file)}"
-        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+        what = f"{file} cannot be read (truncated, altered, or no checkpoint)"
+        raise CheckpointError(f"{what}{_if_text(file) or f': {_first_line(error)}'}") from error
 
 
 def _names_code(file: Path, said: str) -> bool:
@@ -110,23 +113,25 @@ def _codes(file: Path) -> set[str]:
     return found
 
 
-def _text(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        head = stream.read(512)
-    return all(byte in b"\t\n\r" or 32 <= byte < 127 or byte > 127 for byte in head)
-
-
-def _instead(file: Path) -> str:
-    """What a damaged file is, where its first bytes say so."""
+def _instead(file: Path) -> str | None:
+    """What a file that cannot be a checkpoint is, and what to do, where its first bytes say so."""
     with open(file, "rb") as stream:
         head = stream.read(512).lstrip()
     if not head:
-        return ", it is empty"
+        return "it is empty. Get it again"
     if head.startswith(b"version https://git-lfs"):
-        return ", it is a pointer of git-lfs: get the file itself with 'git lfs pull'"
-    if head.startswith(b"<"):
-        return ", it is a web page: download the file itself"
-    return ", it is text" if _text(file) else ""
+        return (
+            "it is a pointer of git-lfs, a few lines in the place of the checkpoint. Run 'git lfs pull' in the folder "
+            "it was cloned to, then this again"
+        )
+    return "it is a web page. Download the file itself" if head.startswith(b"<") else None
+
+
+def _if_text(file: Path) -> str:
+    """What else a damaged file may be: a text. Then a reader's own words, which are of pickles, say nothing."""
+    with open(file, "rb") as stream:
+        head = stream.read(512)
+    return ", it is text" if all(byte in b"\t\n\r" or 32 <= byte < 127 or byte > 127 for byte in head) else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +21,8 @@ from undiffuse.recipes.tables import make
 from undiffuse.recipes.text import apply_overrides
 from undiffuse.training import locked
 from undiffuse.training.checkpoint import save_checkpoint
-from undiffuse.training.files import disk_errors, replace_file
+from undiffuse.training.files import disk_errors, replace_file, sync, temporary_name
+from undiffuse.training.run_folder import InUseError
 from undiffuse.training.state import restore_module
 
 
@@ -33,7 +36,7 @@ def adopt(
     origin: str = "imported",
     changes: Iterable[str] = (),
 ) -> Run:
-    """Write a run folder that `load_run` opens: a recipe and one checkpoint, of step 0.
+    """Write a run folder that `load_run` opens: a recipe and one checkpoint, of step 0. It appears whole or not at all.
 
     Args:
         name: of the recipe.
@@ -69,49 +72,72 @@ def adopt(
     place = new_run_folder(name) if folder is None else Path(folder).expanduser()
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise RunError(f"{place} exists and is not empty: give another run folder")
+    if place.resolve() == Path.cwd():
+        raise RunError("a run folder cannot take the place of the folder you are in: give another")
     with torch.device("meta"):  # no memory: names, shapes and types alone are compared
         empty = make(NETS, recipe.settings.model.net, "network", "model.net")
         restore_module(empty, {key: tensor.to("meta") for key, tensor in weights.items()}, place)
     state = {f"net.{key}": tensor for key, tensor in weights.items()}
-    with disk_errors(f"{place}", "Nothing of it was left behind"), _whole_or_nothing(place):
-        save_checkpoint(place, 0, {"model": state}, {"imported": origin}, keep=1)
-        replace_file(place / "recipe.yaml", recipe.to_yaml().encode())
+    with disk_errors(f"{place}", "Nothing of it was left behind"), _whole_or_nothing(place) as filling:
+        save_checkpoint(filling, 0, {"model": state}, {"imported": origin}, keep=1)
+        replace_file(filling / "recipe.yaml", recipe.to_yaml().encode())
     return Run(place, recipe)
 
 
 @contextmanager
-def _whole_or_nothing(place: Path) -> Iterator[None]:
-    """Hold an empty or new folder; where what is written in it fails, remove that, and the folders that were made.
+def _whole_or_nothing(place: Path) -> Iterator[Path]:
+    """A folder beside `place` to fill, which takes its place, empty or new, at the end of the block.
+
+    Where what is written fails, it is removed with the folders that were made. Where the process is killed, it stays
+    under its temporary name, and the next to fill that place begins with removing it.
 
     Raises:
-        RunError: another process holds or fills it; or something could not be removed: says what is left.
+        RunError: another process fills that place, or has filled it; or something could not be removed: says what.
     """
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    target = place.resolve()
+    temporary = temporary_name(target)
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with locked(place):
-            if any(file.name != ".lock" for file in place.iterdir()):
-                made = []
-                raise RunError(f"{place} is being filled by another process: give another run folder")
-            try:
-                yield
-            except BaseException as error:
-                left = _emptied(place)
-                if left:
-                    raise RunError(f"could not write {place}: {error}. Left in it, remove by hand: {left}") from error
-                raise
-    except BaseException:
+        with locked(temporary), _removed_on_error(temporary):
+            _empty(temporary)
+            yield temporary
+            sync(temporary)
+            _rename(temporary, target, place)
+            sync(target.parent)
+    except InUseError:
+        raise RunError(f"{place} is being filled by another process: give another run folder") from None
+    except BaseException as error:
         for folder in made:
             with suppress(OSError):  # it has something of another's in it
                 folder.rmdir()
+        if temporary.exists():
+            raise RunError(f"could not write {place}: {error}. Left behind, remove by hand: {temporary}") from error
         raise
 
 
-def _emptied(place: Path) -> str:
-    """Remove all that is in a folder; the names that could not be."""
-    for entry in place.iterdir():
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _rename(temporary: Path, target: Path, place: Path) -> None:
+    """In one step, also over an empty folder, and over no other."""
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise RunError(f"{place} was filled by another process: give another run folder") from error
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder but for its lock."""
+    for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                entry.unlink()
-    return ", ".join(sorted(entry.name for entry in place.iterdir()))
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()

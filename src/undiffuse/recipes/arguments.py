@@ -8,7 +8,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pydantic
@@ -23,7 +23,8 @@ _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_
 @lru_cache(maxsize=256)
 def _model_of(factory: Callable, left_out: frozenset[str]) -> type[pydantic.BaseModel]:
     """A pydantic model with one field per argument of `factory`."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
+    inner: Any = factory.func if isinstance(factory, partial) else factory
+    target = inner.__init__ if inspect.isclass(inner) else inner
     try:
         hints = typing.get_type_hints(target)
     except (NameError, TypeError):
@@ -36,7 +37,7 @@ def _model_of(factory: Callable, left_out: frozenset[str]) -> type[pydantic.Base
         fields[name] = (hints.get(name, Any), ... if required else parameter.default)
     # A field of a pydantic model may not shadow its methods: `copy`, `json`, ... get an alias.
     safe = {f"arg_{name}": (kind, pydantic.Field(default, alias=name)) for name, (kind, default) in fields.items()}
-    return pydantic.create_model(f"Arguments_{factory.__name__}", __config__=_RULES, **safe)  # pyright: ignore
+    return pydantic.create_model(f"Arguments_{inner.__name__}", __config__=_RULES, **safe)  # pyright: ignore
 
 
 def argument_names(factory: Callable, left_out: Collection[str] = ()) -> list[str]:

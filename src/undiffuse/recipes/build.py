@@ -77,11 +77,23 @@ def check(settings: Settings) -> Settings:
     tree["training"] = complete(TrainConfig, tree["training"], "training", left_out=_TRAINING_OWN)
     kind.check(tree, settings)
     for name in tree["evaluation"]["metrics"]:
-        known(kind.metrics, name, "metric", "evaluation.metrics")
+        _check_metric(name, settings.kind)
     checked = Settings.model_validate(tree)
     for make_one in (objective, train_config, *kind.parts):
         make_one(checked)  # refuses a value out of range
     return checked
+
+
+def _check_metric(name: str, kind: str) -> None:
+    """Refuse a metric that is unknown, or of what other kinds of models give."""
+    ours = KINDS[kind].metrics
+    others = [one for one, parts in KINDS.items() if name in parts.metrics]
+    if name not in ours and others:
+        raise RecipeError(
+            f"evaluation.metrics: unknown metric '{name}' where model.kind is {kind}: it is of kind "
+            f"{' or '.join(others)}. Known: {', '.join(ours)}."
+        )
+    known(ours, name, "metric", "evaluation.metrics")
 
 
 def _written(net: dict[str, Any]) -> dict[str, Any]:

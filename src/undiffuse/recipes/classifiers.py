@@ -13,7 +13,7 @@ from undiffuse.recipes.schema import SamplingSection, Settings
 from undiffuse.recipes.tables import known, make, resolve
 
 OBJECTIVES: dict[str, Callable] = {"noisy-classification": NoisyClassification}
-# What `evaluate` measures, always both.
+# What `evaluate` measures: both, unless told.
 METRICS = {
     "cross-entropy": "-log p(c | x_t) of held-out data at the times of training, nats",
     "accuracy": "share of them whose likeliest class is theirs, by noise level",

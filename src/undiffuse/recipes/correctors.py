@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from undiffuse.core.errors import RecipeError
+from undiffuse.recipes.schema import SamplingSection
 from undiffuse.recipes.tables import make, resolve
-from undiffuse.solvers import CORRECTORS, Corrector
+from undiffuse.solvers import CORRECTORS, SOLVERS, Corrector
 
 NONE = "none"
 
@@ -33,6 +34,27 @@ def resolve_corrector(choice: Mapping[str, Any], where: str) -> dict[str, Any]:
 def corrector(choice: Mapping[str, Any] | None) -> Corrector | None:
     """The corrector that a choice stands for; None where there is none."""
     return None if choice is None else make(TABLE, choice, "corrector", "sampling.corrector")
+
+
+def overlaid(section: SamplingSection, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers of choices change in a recipe's `sampling`, later ones above earlier ones; None says nothing.
+
+    A corrector belongs to its predictor: a solver of another name comes without the corrector of the one that it
+    replaces, unless its own layer has one, or it predicts nothing ("stay") and leaves all to it.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        said = {key: value for key, value in layer.items() if value is not None}
+        before, corrected = found.get("solver", section.solver), found.get("corrector", section.corrector)
+        solver = said.get("solver", before)
+        if corrected is not None and solver["name"] != before["name"] and _predicts(solver):
+            found["corrector"] = {"name": NONE}
+        found |= said
+    return found
+
+
+def _predicts(solver: Mapping[str, Any]) -> bool:
+    return make(SOLVERS, solver, "solver", "sampling.solver").evals_per_step > 0
 
 
 def check_correctors(tree: dict[str, Any]) -> None:

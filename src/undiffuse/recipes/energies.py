@@ -125,7 +125,10 @@ def check_energy(tree: Choice, settings: Settings) -> None:
         RecipeError: a path, a grid, a corrector, an objective that trains denoisers; see `resolve_deep`.
     """
     if tree["path"] is not None:
-        raise RecipeError("path: an energy has none (it is a density of the data, at no noise level); leave it out")
+        raise RecipeError(
+            "path: an energy has none (it is a density of the data, at no noise level); leave it out, "
+            "or write `path: null` where the recipe that this one extends has one"
+        )
     if "name" not in tree["objective"]:
         raise RecipeError(
             f"objective: an energy is not trained by denoising along a path; give objective.name, one of "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from undiffuse.core.errors import ArgumentError
-from undiffuse.recipes.run import Run
+from undiffuse.core.errors import ArgumentError, RunError
+from undiffuse.recipes.run import USES, Run
 from undiffuse.recipes.schema import Settings
 
 
@@ -16,8 +16,7 @@ def guided_settings(run: Run, guide: Run) -> Settings:
         RunError: a run of another kind. ArgumentError: another path, shape or other classes, or a denoiser that was
             never trained without its classes.
     """
-    run.expect("denoiser")
-    guide.expect("classifier")
+    _check_kinds(run, guide)
     ours, theirs = run.facts, guide.facts
     path, other = run.recipe.path(), guide.recipe.path()
     if path != other:
@@ -46,6 +45,22 @@ def guided_settings(run: Run, guide: Run) -> Settings:
         )
     told = {"num_classes": theirs.num_classes, "class_names": theirs.class_names}
     return run.recipe.settings.model_copy(update={"facts": ours.model_copy(update=told)})
+
+
+def _check_kinds(run: Run, guide: Run) -> None:
+    """Refuse anything but a denoiser and a classifier."""
+    if run.recipe.kind != "denoiser":
+        raise RunError(
+            f"{run.folder} trained {USES[run.recipe.kind][0]}: a classifier guides the samples of a denoiser; give a "
+            "run of one, such as of: undiffuse train score-sde-digits model.conditional=false"
+        )
+    if guide.recipe.kind != "classifier":
+        wanted = json.dumps(run.recipe.settings.path)
+        raise RunError(
+            f"{guide.folder} trained {USES[guide.recipe.kind][0]}: expected the run of a classifier of noisy data. "
+            f"Train one on the data and the path of {run.folder}: undiffuse train RECIPE 'path={wanted}', where RECIPE "
+            "is classifier-digits, classifier-mnist or one of your own with model.kind classifier"
+        )
 
 
 def other_data(run: Run, guide: Run) -> str | None:

@@ -12,15 +12,19 @@ from undiffuse.recipes.recipe import Recipe
 from undiffuse.recipes.text import Tree, apply_overrides, merged, read_tree
 
 EXTENDS = "extends"
-# What a recipe says of itself and of its data is not handed down.
+# What a recipe says of itself and of its data is not handed down,
 _OWN = ("name", "description", "facts")
+# nor, to one of another kind of model, what means something else there.
+_OF_KIND = ("model", "objective", "sampling", "evaluation")
 
 
 def load_recipe(name_or_file: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
     """A recipe with every value resolved.
 
     A file may say `extends: NAME`, the name of a library's recipe or a file beside it: then what it does not say is as
-    there, all but `name` and `description`. See `undiffuse.recipes.text.merged`.
+    there, all but `name` and `description`. See `undiffuse.recipes.text.merged`. Where its `model.kind` is another, it
+    takes `data`, `path`, `training` and `seed` from there, and nothing of `model`, `objective`, `sampling` and
+    `evaluation`.
 
     Args:
         name_or_file: "digits", or "my/recipe.yaml".
@@ -55,4 +59,11 @@ def _whole(file: Path, above: tuple[Path, ...] = ()) -> Tree:
         base = _whole(other, chain)
     except RecipeError as error:
         raise RecipeError(f"{file.name}, {EXTENDS} '{named}': {error}") from None
-    return merged({key: value for key, value in base.items() if key not in _OWN}, tree)
+    left = _OWN if _kind(tree, _kind(base)) == _kind(base) else (*_OWN, *_OF_KIND)
+    return merged({key: value for key, value in base.items() if key not in left}, tree)
+
+
+def _kind(tree: Tree, usual: Any = "denoiser") -> Any:
+    """What a tree's model says that it is, else `usual`."""
+    model = tree.get("model")
+    return model.get("kind", usual) if isinstance(model, dict) else usual

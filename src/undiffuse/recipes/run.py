@@ -27,10 +27,11 @@ USES = {
         "a denoiser",
         "use run.denoiser(); its score at one time, as of an energy, is undiffuse.fields.energy.DenoiserAt",
     ),
-    "energy": ("an energy", "use run.energy()"),
+    "energy": ("an energy", "use run.energy(), or draw from it: undiffuse sample {folder} (or evaluate, report)"),
     "classifier": (
         "a classifier",
-        "use run.classifier(), or guide the samples of a denoiser by it: undiffuse sample RUN --classifier {folder}",
+        "use run.classifier(), or guide the samples of a denoiser by it: undiffuse sample RUN --classifier {folder} "
+        "(undiffuse evaluate {folder} measures it)",
     ),
 }
 _STAMPED = re.compile(r"(?P<name>.+)-(?P<stamp>\d{8}-\d{6})(?:-(?P<count>\d+))?")
@@ -58,7 +59,7 @@ def find_run(run: str | Path, runs: Path = RUNS) -> Path:
     by_name: dict[str, list[Path]] = {}
     for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
         stamped = _STAMPED.fullmatch(folder.name)
-        if folder.is_dir():
+        if folder.is_dir() and not folder.name.startswith("."):  # an import that was killed
             by_name.setdefault(stamped["name"] if stamped else folder.name, []).append(folder)
     if str(run) in by_name:
         return max(by_name[str(run)], key=_age)

@@ -177,7 +177,7 @@ class SamplingSection(Section):
 class EvaluationSection(Section):
     """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`.
 
-    `corrector: none` takes away that of `sampling`.
+    `corrector: none` takes away that of `sampling`, and so does a solver of another name.
     """
 
     n: Annotated[int, Field(ge=2)] = 10_000

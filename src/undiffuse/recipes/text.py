@@ -156,18 +156,25 @@ def apply_overrides(tree: Tree, overrides: Iterable[str] | Mapping[str, Any]) ->
 def merged(base: Tree, changes: Tree) -> Tree:
     """`base` with `changes`: mappings are merged key by key, everything else is replaced.
 
-    A choice that takes another name is replaced too, since the arguments of the old one are not those of the new:
-    `{name: vp, beta_min: 0.1}` and `{name: ve}` make `{name: ve}`, but `{beta_max: 10}` adds to the first.
+    A choice that takes another name, or another kind than is said, is replaced too, since the arguments of the old one
+    are not those of the new: `{name: vp, beta_min: 0.1}` and `{name: ve}` make `{name: ve}`, but `{beta_max: 10}` adds
+    to the first.
     """
     result = _copy(base)
     for key, value in changes.items():
         before = result.get(key)
         if isinstance(value, dict):
             before = {"name": before} if isinstance(before, str) else before
-            if isinstance(before, dict) and value.get("name", before.get("name")) == before.get("name"):
+            if isinstance(before, dict) and _same_choice(before, value):
                 value = merged(before, value)
         result[key] = _copy(value)
     return result
+
+
+def _same_choice(before: Tree, value: Tree) -> bool:
+    """Whether `value` adds to `before`. A kind that is not said is that of what is said beside it; a name is not."""
+    kinds = [tree["kind"] for tree in (before, value) if "kind" in tree]
+    return value.get("name", before.get("name")) == before.get("name") and kinds[:1] == kinds[-1:]
 
 
 def _copy(value: Any) -> Any:

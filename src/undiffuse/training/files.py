@@ -38,6 +38,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def temporary_name(path: Path) -> Path:
+    """What a file or folder is called until it is whole; it lies beside it."""
+    return path.with_name(f"{_TEMPORARY}{path.name}")
+
+
 def remove(path: Path) -> None:
     """Delete a directory so that a stop half-way leaves nothing that looks valid."""
     hidden = path.with_name(f"{_TEMPORARY}old-{path.name}")
@@ -59,7 +64,7 @@ def clean(folder: Path) -> None:
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to fill with synced files; becomes `target` at the end of the block, or vanishes on an error."""
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    temporary = temporary_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -77,7 +82,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file new content: at every moment it has the old or the new."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = temporary_name(path)
     try:
         write_bytes(temporary, content)
         os.replace(temporary, path)

@@ -36,12 +36,16 @@ MAY_CHANGE = (
 _SAME_PRESS = 1.0
 
 
+class InUseError(RunError):
+    """A run folder that another process holds."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder. The operating system lets go of it when the process ends, however it ends.
 
     Raises:
-        RunError: another process holds it; says which.
+        InUseError: another process holds it; says which.
     """
     import fcntl
 
@@ -51,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise RunError(
+            raise InUseError(
                 f"run folder {folder} is in use by process {file.read().strip() or 'unknown'}: "
                 "wait for it, stop it, or give another folder"
             ) from error
