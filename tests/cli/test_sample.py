@@ -265,6 +265,7 @@ def test_samples_made_otherwise_are_not_mixed(image_run, command):
         (["--label", 2], "label"),
         (["--solver", "heun"], "solver"),
         (["--corrector", "langevin"], "corrector"),
+        (["--threshold", "dynamic"], "threshold"),
     ):
         refused = command(*words, *change)
         assert refused.exit_code == 4
@@ -315,6 +316,8 @@ def test_network_calls_are_counted(image_run, command):
         (["--solver", "edm:S_chrn=1"], 2, "S_churn"),
         (["--corrector", "langevn"], 2, "Did you mean 'langevin'?"),
         (["--corrector", "langevin:snr=-1"], 2, "expected 0 < snr < 1"),
+        (["--threshold", "clp"], 2, "Did you mean 'clip'?"),
+        (["--threshold", "dynamic:quantile=99.5"], 2, "expected a share in (0, 1]"),
         (["--grid", "tim"], 2, "Did you mean 'time'?"),
         (["--steps", 0], 2, "expected at least 1"),
         (["--batch-size", 0], 2, "expected at least 1"),

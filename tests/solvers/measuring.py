@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undiffuse.oracles import Gaussian, GaussianMixture, exact_flow
 from undiffuse.paths import Path
-from undiffuse.solvers import DDIM, DDPM, EDM, Bound, DPMpp2M, Euler, Heun, Solver, integrate
+from undiffuse.solvers import DDIM, DDPM, EDM, RK4, Bound, DPMpp2M, Euler, Heun, Midpoint, Solver, integrate
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 
@@ -19,6 +19,8 @@ F64 = torch.float64
 DETERMINISTIC: dict[str, Solver] = {
     "euler": Euler(),
     "heun": Heun(),
+    "midpoint": Midpoint(),
+    "rk4": RK4(),
     "ddim": DDIM(),
     "dpmpp-2m": DPMpp2M(),
     "edm": EDM(),
@@ -111,8 +113,9 @@ def weak_error(solver: Solver, path: Path, counts: list[int]) -> list[float]:
     return errors
 
 
-def order(name: str, path: Path, counts: tuple[int, int] = (100, 200)) -> float:
-    """Slope of the error between two step counts."""
+def order(name: str, path: Path, counts: tuple[int, int] | None = None) -> float:
+    """Slope of the error between two step counts, by default 100 and 200, and fewer where rounding is met before."""
+    counts = counts or ((40, 80) if SOLVERS[name].order > 3 else (100, 200))
     measure = strong_error if name in DETERMINISTIC else weak_error
     coarse, fine = measure(SOLVERS[name], path, list(counts))
     return math.log(coarse / fine) / math.log(counts[1] / counts[0])

@@ -35,6 +35,10 @@ CorrectorName = Annotated[
     str | None,
     typer.Option(help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's."),
 ]
+ThresholdName = Annotated[
+    str | None,
+    typer.Option(help="Keep x_0 in its range: dynamic:quantile=0.995, clip, or none. Default: the recipe's."),
+]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
@@ -106,6 +110,19 @@ def parse_corrector(text: str | None) -> dict | None:
     from undiffuse.recipes.correctors import resolve_corrector
 
     return resolve_corrector(_choice(text), "--corrector")
+
+
+def parse_threshold(text: str | None) -> dict | None:
+    """`"dynamic:quantile=0.995,limit=1"` or `"clip:low=-1,high=1"`; "none" takes the recipe's away.
+
+    Raises:
+        RecipeError: unknown threshold or argument, or a value out of range.
+    """
+    if text is None:
+        return None
+    from undiffuse.recipes.thresholds import resolve_threshold
+
+    return resolve_threshold(_choice(text), "--threshold")
 
 
 def _choice(text: str) -> dict:

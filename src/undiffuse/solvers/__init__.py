@@ -15,7 +15,7 @@ from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
-from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
@@ -29,6 +29,7 @@ __all__ = [
     "HMC",
     "KERNELS",
     "MALA",
+    "RK4",
     "SOLVERS",
     "SRK",
     "Adaptive",
@@ -47,8 +48,10 @@ __all__ = [
     "Kernel",
     "Langevin",
     "LangevinCorrector",
+    "Midpoint",
     "ParallelTempering",
     "ReverseDiffusion",
+    "RungeKutta",
     "Sample",
     "Solver",
     "Stay",

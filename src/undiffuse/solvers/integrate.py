@@ -20,7 +20,7 @@ from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM, DPMpp2M
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
-from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from undiffuse.solvers.stochastic import DDPM, EDM
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -35,7 +35,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "euler": Euler,
     "euler-maruyama": EulerMaruyama,
     "heun": Heun,
+    "midpoint": Midpoint,
     "reverse-diffusion": ReverseDiffusion,
+    "rk4": RK4,
     "srk": SRK,
     "stay": Stay,
     "stochastic-heun": StochasticHeun,
