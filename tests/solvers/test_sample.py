@@ -82,8 +82,8 @@ def test_every_grid_runs_and_converges(name, path, kind):
         x = sample(law.denoiser(path), noise=noise, solver=name, steps=steps, grid=kind)
         return float((x - exact).norm() / exact.norm())
 
-    # 3e-4: where 60 steps are already better than that, signs cancel
-    assert error(120) < max(0.75 * error(60), 3e-4)
+    # 4e-4: where 60 steps are already better than that, signs cancel, or the closed step from t_low is what is left
+    assert error(120) < max(0.75 * error(60), 4e-4)
     assert error(120) < 0.04
 
 
