@@ -27,7 +27,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "ScoreNetwork", "TemperedEnergy", "euler_maruyama", "fokker_planck_residual", "log_density_ratio", "on_path",
         "posterior_covariance", "posterior_mean",
     ),
-    "undiffuse.guidance": ("ClassifierGuidance",),
+    "undiffuse.guidance": ("ClassifierGuidance", "Clipped", "DynamicThreshold"),
     "undiffuse.objectives": (
         "SURE", "ConcreteScoreMatching", "ContrastiveDivergence", "Denoising", "DenoisingScoreMatching",
         "ExplicitScoreMatching", "FiniteDifferenceSliced", "GeneralizedScoreMatching", "ImplicitScoreMatching",
@@ -71,6 +71,7 @@ __all__ = [
     "AnnealedLangevin",
     "BernoulliRBM",
     "ClassifierGuidance",
+    "Clipped",
     "ConcreteScoreMatching",
     "ContrastiveDivergence",
     "Cosine",
@@ -79,6 +80,7 @@ __all__ = [
     "Denoising",
     "DenoisingScore",
     "DenoisingScoreMatching",
+    "DynamicThreshold",
     "Empirical",
     "Energy",
     "ExplicitScoreMatching",
@@ -205,7 +207,7 @@ if TYPE_CHECKING:
         posterior_mean,
     )
     from undiffuse.fields import prediction as predictions
-    from undiffuse.guidance import ClassifierGuidance
+    from undiffuse.guidance import ClassifierGuidance, Clipped, DynamicThreshold
     from undiffuse.inference import (
         annealed_importance_sampling,
         bits_per_dim,

@@ -265,6 +265,7 @@ def test_samples_made_otherwise_are_not_mixed(image_run, command):
         (["--label", 2], "label"),
         (["--solver", "heun"], "solver"),
         (["--corrector", "langevin"], "corrector"),
+        (["--threshold", "dynamic"], "threshold"),
     ):
         refused = command(*words, *change)
         assert refused.exit_code == 4
@@ -342,6 +343,8 @@ def test_network_calls_are_counted(image_run, command):
         (["--corrector", "langevin:0.16"], 2, "--corrector langevin:snr=0.16,steps=2"),
         (["--corrector", "langevin:snr.x=0.1"], 2, "--corrector langevin:snr.x=0.1: 'snr.x=0.1' is no setting"),
         (["--solver", "edm:S_churn"], 2, "--solver edm:S_churn: 'S_churn' is no setting. Expected NAME:KEY=VALUE"),
+        (["--threshold", "clp"], 2, "Did you mean 'clip'?"),
+        (["--threshold", "dynamic:quantile=99.5"], 2, "expected a share in (0, 1]"),
         (["--grid", "tim"], 2, "Did you mean 'time'?"),
         (["--steps", 0], 2, "expected at least 1"),
         (["--batch-size", 0], 2, "expected at least 1"),

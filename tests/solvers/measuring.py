@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undiffuse.oracles import Gaussian, GaussianMixture, exact_flow
 from undiffuse.paths import Path
-from undiffuse.solvers import DDIM, DDPM, EDM, Bound, Euler, Heun, Multistep, Solver, integrate
+from undiffuse.solvers import DDIM, DDPM, EDM, RK4, Bound, Euler, Heun, Midpoint, Multistep, Solver, integrate
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
@@ -21,6 +21,8 @@ F64 = torch.float64
 DETERMINISTIC: dict[str, Solver] = {
     "euler": Euler(),
     "heun": Heun(),
+    "midpoint": Midpoint(),
+    "rk4": RK4(),
     "ddim": DDIM(),
     **{name: make() for name, make in (SINGLESTEP | MULTISTEP).items() if not make().stochastic},
     "multistep 5": Multistep(5, "noise", "half-log-snr", corrector=False),
@@ -47,7 +49,7 @@ STOCHASTIC: dict[str, Solver] = {
 SOLVERS = {**DETERMINISTIC, **STOCHASTIC}
 # Where the order shows later than between 100 and 200 steps.
 COUNTS = dict.fromkeys(("abm-4", "multistep 5", "multistep 3, velocity of the straight path"), (200, 400))
-COUNTS |= {"dpmpp-3m-sde": (800, 1600)}
+COUNTS |= {"dpmpp-3m-sde": (800, 1600), "rk4": (40, 80)}
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -142,7 +142,8 @@ def test_a_denoiser_moved_to_another_path_samples_there():
     assert float((a - b).abs().max()) < 0.05
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "annealed-langevin"])  # moves x at t first
+# Annealed Langevin dynamics moves x at t first; the other two extrapolate, see test_runge_kutta.py.
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("annealed-langevin", "midpoint", "rk4")])
 @pytest.mark.parametrize("path", ["vp", "linear", "cosine", "karras", "zero-snr-table"])
 def test_a_step_to_the_data_returns_the_denoiser(name, path):
     path, x = PATHS[path], numbers(5, 2)

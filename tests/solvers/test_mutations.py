@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from solvers import test_annealed, test_corrector, test_identities, test_orders, test_reverse
+from solvers.measuring import DETERMINISTIC
 from undiffuse.solvers import annealed, exponential, multistep, reverse, runge_kutta, singlestep, stochastic
 
 ORDER = test_orders.test_the_declared_order_is_the_measured_one
@@ -19,7 +20,13 @@ SETTLED = test_corrector.test_many_steps_settle_at_the_closed_form
 MUTATIONS = [
     *[(runge_kutta, "velocity_coefficients", i, ORDER, ("euler", "vp")) for i in range(2)],
     *[(runge_kutta, "velocity_coefficients", i, ORDER, ("heun", "linear")) for i in range(2)],
-    *[(runge_kutta, "heun_coefficients", i, ORDER, ("heun", "vp")) for i in range(3)],
+    *[(runge_kutta, "velocity_coefficients", i, ORDER, ("midpoint", "linear")) for i in range(2)],
+    *[(runge_kutta, "velocity_coefficients", i, ORDER, ("rk4", "vp")) for i in range(2)],
+    *[(runge_kutta, "stage_coefficients", i, ORDER, ("heun", "vp")) for i in range(3)],
+    *[(runge_kutta, "stage_coefficients", i, ORDER, ("midpoint", "vp")) for i in range(3)],
+    *[(runge_kutta, "stage_coefficients", i, ORDER, ("rk4", "linear")) for i in range(5)],
+    (runge_kutta, "between", None, ORDER, ("midpoint", "linear")),
+    (runge_kutta, "between", None, ORDER, ("rk4", "vp")),
     *[(exponential, "exponential_coefficients", i, ORDER, ("ddim", "vp")) for i in range(2)],
     *[(exponential, "exponential_coefficients", i, ORDER, ("ddim eta=0.5", "vp")) for i in (0, 2)],
     *[(multistep, "flow_weights", 0, ORDER, (name, "vp")) for name in ("abm-4", "dpmpp-2m", "deis-3", "ipndm")],
@@ -80,3 +87,21 @@ def test_one_percent_is_noticed(module, function, index, test, arguments):
 def test_one_percent_in_the_scheme_of_srk_is_noticed(name):
     with mock.patch.object(reverse, name, 0.99 * getattr(reverse, name)), pytest.raises(AssertionError):
         test_reverse.test_srk_is_the_scheme_for_additive_noise_in_the_snr("vp")
+
+
+@pytest.mark.parametrize("solver", [runge_kutta.Euler, runge_kutta.Heun, runge_kutta.Midpoint, runge_kutta.RK4])
+def test_one_percent_in_a_tableau_is_noticed(solver):
+    """Every number of it: nodes, rows and weights."""
+
+    def scaled(row, i):
+        return tuple(1.01 * v if j == i else v for j, v in enumerate(row))
+
+    changes = [("nodes", scaled(solver.nodes, i)) for i, v in enumerate(solver.nodes) if 0 < v < 1]
+    changes += [("weights", scaled(solver.weights, i)) for i, v in enumerate(solver.weights) if v]
+    for k, row in enumerate(solver.rows):
+        for i in (i for i, v in enumerate(row) if v):
+            changes += [("rows", (*solver.rows[:k], scaled(row, i), *solver.rows[k + 1 :]))]
+    name = next(name for name, made in DETERMINISTIC.items() if type(made) is solver)
+    for attribute, value in changes:
+        with mock.patch.object(solver, attribute, value), pytest.raises(AssertionError):
+            ORDER(name, "vp")

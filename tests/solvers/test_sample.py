@@ -14,15 +14,17 @@ from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Streams
 from undiffuse.fields import Denoiser, NetworkDenoiser
 from undiffuse.paths import VE, VP, Karras, Linear
-from undiffuse.solvers import EDM, GRIDS, Bound, Solver, integrate, make_grid, sample
+from undiffuse.solvers import EDM, GRIDS, RK4, Bound, Midpoint, Solver, integrate, make_grid, sample
 from undiffuse.solvers.annealed import AnnealedLangevin
 from undiffuse.solvers.reverse import StochasticHeun
+from undiffuse.solvers.runge_kutta import RungeKutta
 from worlds import PATHS
 
 
 def calls_of(solver: Solver, path, steps: int, grid: torch.Tensor) -> int:
     """Network calls a run must make: a step to sigma = 0, and out of alpha = 0 EDM's and stochastic Heun's, take one.
 
+    The midpoint rule and RK4 make two to sigma = 0 where half of sigma / alpha is not below t_low and alpha not 0.
     Annealed Langevin dynamics makes K at each level, 1 for the last denoising, 1 out of alpha = 0.
     """
     if isinstance(solver, AnnealedLangevin):
@@ -32,9 +34,13 @@ def calls_of(solver: Solver, path, steps: int, grid: torch.Tensor) -> int:
     if solver.evals_per_step == 1:
         return steps
     short = {steps - 1} if float(path.sigma(grid[-1])) == 0 else set()
+    if isinstance(solver, Midpoint | RK4) and short:
+        alpha, sigma, low = path.alpha(grid[-2]), path.sigma(grid[-2]), torch.tensor(path.t_low, dtype=F64)
+        two = float(alpha) > 0 and 0.5 * sigma / alpha >= path.sigma(low) / path.alpha(low)
+        return solver.evals_per_step * (steps - 1) + 1 + int(two)
     if isinstance(solver, EDM | StochasticHeun) and float(path.alpha(grid[0])) == 0:
         short.add(0)
-    return 2 * steps - len(short)
+    return solver.evals_per_step * steps - len(short)
 
 
 class Still(Denoiser):
@@ -52,7 +58,7 @@ def test_every_count_makes_that_many_steps(name, path):
     for steps in range(1, 65):
         seen = []
         # Heun's method is not stable on every grid, and at this point not on all of its own.
-        kind = list(GRIDS)[steps % len(GRIDS)] if steps < 20 and name not in ("euler", "heun") else None
+        kind = list(GRIDS)[steps % len(GRIDS)] if steps < 20 and not isinstance(solver, RungeKutta) else None
         info = sample(
             Still(path), (2, 3), solver=solver, steps=steps, grid=kind, seed=1, callback=seen.append, return_info=True
         )
@@ -66,7 +72,7 @@ def test_every_count_makes_that_many_steps(name, path):
 
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize("path", ["vp", "linear", "ve"])
-@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "edm", "heun"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "edm", "heun", "midpoint", "rk4"])
 def test_every_grid_runs_and_converges(name, path, kind):
     path, law = PATHS[path], gaussian()
     noise = path.prior_std * numbers(20, 3)
@@ -76,8 +82,8 @@ def test_every_grid_runs_and_converges(name, path, kind):
         x = sample(law.denoiser(path), noise=noise, solver=name, steps=steps, grid=kind)
         return float((x - exact).norm() / exact.norm())
 
-    # 3e-4: where 60 steps are already better than that, signs cancel
-    assert error(120) < max(0.75 * error(60), 3e-4)
+    # 4e-4: where 60 steps are already better than that, signs cancel, or the closed step from t_low is what is left
+    assert error(120) < max(0.75 * error(60), 4e-4)
     assert error(120) < 0.04
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from undiffuse.cli.console import Console
 from undiffuse.cli.guiding import Guide, check_label
-from undiffuse.cli.options import parse_corrector, parse_solver, write_seeds
+from undiffuse.cli.options import parse_corrector, parse_solver, parse_threshold, write_seeds
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
 from undiffuse.core.errors import ArgumentError
 from undiffuse.guidance import ClassifierGuidance
@@ -46,6 +46,7 @@ class How:
     device: str = "auto"
     corrector: str | None = None
     guide: Guide | None = None
+    threshold: str | None = None
 
 
 def seal_of(saved: Checkpoint) -> str:
@@ -87,6 +88,8 @@ class Model:
             raise ArgumentError(f"--grid {how.grid}: {run.folder} is an energy; its chains have no grid of times")
         if how.corrector is not None and run.recipe.kind == "energy":
             raise ArgumentError(f"--corrector {how.corrector}: {run.folder} is an energy; its chains have no corrector")
+        if how.threshold is not None and run.recipe.kind == "energy":
+            raise ArgumentError(f"--threshold {how.threshold}: {run.folder} is an energy; its chains estimate no x_0")
         saved = load_checkpoint(run.folder, how.step)
         ema = run.average(how.ema, saved.step)
         model = run.model(ema, saved.step, how.device)
@@ -99,6 +102,7 @@ class Model:
             "grid": how.grid,
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
+            "threshold": parse_threshold(how.threshold),
         }
         wanted, left_out = _wanted(settings.sampling, changes or {}, given)
         sampler = sampler_of(model, settings, label=how.label, **wanted)
@@ -118,7 +122,7 @@ class Model:
         if isinstance(sampler, EnergySampler):
             more: dict[str, Any] = {"initial": sampler.initial}
         else:  # said where there is any, so that folders of samples made before there were correctors are still theirs
-            more = {"corrector": sampler.corrector, "denoise": sampler.denoise}
+            more = {"corrector": sampler.corrector, "denoise": sampler.denoise, "threshold": sampler.threshold}
             more = {key: value for key, value in more.items() if value}
         made = more | {
             "weights": self.seal,

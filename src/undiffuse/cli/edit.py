@@ -173,7 +173,7 @@ def _draw(model: Model, work: Task, seeds: Sequence[int], resample: int, screen:
             known_classes = sampler.facts.num_classes is not None
             cond = torch.full((len(index),), label, device=sampler.device) if known_classes else None
             with autocast(sampler.precision, sampler.device):
-                x = work(sampler.denoiser, rows[index], cond=cond, seed=each[index], **chosen)
+                x = work(sampler.bounded, rows[index], cond=cond, seed=each[index], **chosen)
             parts.append(x.float().cpu())
             bar.to(int(index[-1]) + 1, total)
     return torch.cat(parts).unflatten(0, (count, len(seeds)))

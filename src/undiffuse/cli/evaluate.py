@@ -37,6 +37,7 @@ def evaluate(
     ] = True,
     solver: options.SolverName = None,
     corrector: options.CorrectorName = None,
+    threshold: options.ThresholdName = None,
     steps: options.Steps = None,
     grid: options.GridName = None,
     batch_size: options.BatchSize = None,
@@ -68,11 +69,12 @@ def evaluate(
     extra = [f"evaluation.n={n}"] if n is not None else []
     extra += [f"evaluation.metrics=[{metrics}]"] if metrics is not None else []
     loaded = load_changed(run, [*(changes or []), *extra], DATA_KEYS)
-    how = How(solver, steps, grid, batch_size, None, ema, step, device, corrector)
+    how = How(solver, steps, grid, batch_size, None, ema, step, device, corrector, threshold=threshold)
     if loaded.recipe.kind == "classifier":
         from undiffuse.cli.classifying import evaluate_classifier
 
-        stray = {"--features": features, "--solver": solver, "--corrector": corrector, "--steps": steps, "--grid": grid}
+        stray = {"--features": features, "--solver": solver, "--corrector": corrector, "--steps": steps}
+        stray |= {"--grid": grid, "--threshold": threshold}
         evaluate_classifier(loaded, how, [name for name, value in stray.items() if value is not None], screen)
         return
     job = Measuring(loaded, how, features, sha256 or "", tuple(feature_option or ()), references)

@@ -110,7 +110,8 @@ class Measuring:
     def run_all(self, screen: Console) -> list[Figure]:
         """Draw the samples (all processes), measure them (the first process; the others get nothing)."""
         section = self.run.recipe.settings.evaluation
-        changes = {key: getattr(section, key) for key in ("solver", "steps", "grid", "corrector", "denoise")}
+        keys = ("solver", "steps", "grid", "corrector", "denoise", "threshold")
+        changes = {key: getattr(section, key) for key in keys}
         model = Model.load(self.run, self.how, {k: v for k, v in changes.items() if v is not None})
         seeds = np.arange(section.seed, section.seed + section.n, dtype=np.int64)
         features = self._features(model)

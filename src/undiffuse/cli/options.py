@@ -40,6 +40,10 @@ CorrectorName = Annotated[
         help="Corrector, for example langevin:snr=0.16,steps=2, or none. Default: the recipe's, with its solver only."
     ),
 ]
+ThresholdName = Annotated[
+    str | None,
+    typer.Option(help="Keep x_0 in its range: dynamic:quantile=0.995, clip, or none. Default: the recipe's."),
+]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
@@ -111,6 +115,19 @@ def parse_corrector(text: str | None) -> dict | None:
     from undiffuse.recipes.correctors import resolve_corrector
 
     return resolve_corrector(_choice(text, "--corrector", "langevin:snr=0.16,steps=2"), "--corrector")
+
+
+def parse_threshold(text: str | None) -> dict | None:
+    """`"dynamic:quantile=0.995,limit=1"` or `"clip:low=-1,high=1"`; "none" takes the recipe's away.
+
+    Raises:
+        ArgumentError: a setting without its value. RecipeError: unknown threshold or argument, or a value out of range.
+    """
+    if text is None:
+        return None
+    from undiffuse.recipes.thresholds import resolve_threshold
+
+    return resolve_threshold(_choice(text, "--threshold", "dynamic:quantile=0.995"), "--threshold")
 
 
 def _choice(text: str, option: str, example: str) -> dict:

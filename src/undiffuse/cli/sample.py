@@ -33,6 +33,7 @@ def sample(
     classifier_scale: options.ClassifierScale = None,
     solver: options.SolverName = None,
     corrector: options.CorrectorName = None,
+    threshold: options.ThresholdName = None,
     steps: options.Steps = None,
     grid: options.GridName = None,
     batch_size: options.BatchSize = None,
@@ -59,6 +60,7 @@ def sample(
       undiffuse sample digits --solver reverse-diffusion --corrector langevin:snr=0.1 --steps 50
       undiffuse sample runs/cifar10-20260101-120000 --seeds 0-49999 --format npz --out samples
       undiffuse sample runs/plain --classifier classifier-digits --label 3
+      undiffuse sample runs/plain --classifier mine --classifier-scale 7.5 --label 3 --threshold dynamic
       torchrun --nproc-per-node 8 -m undiffuse.cli sample cifar10 --seeds 0-49999 --format png
     """
     wanted = options.parse_seeds(seeds)
@@ -69,7 +71,7 @@ def sample(
 
     screen = Console(json, quiet)
     guide = guide_of(classifier, classifier_scale)
-    how = How(solver, steps, grid, batch_size, label, ema, step, device, corrector, guide)
+    how = How(solver, steps, grid, batch_size, label, ema, step, device, corrector, guide, threshold)
     model = Model.load(load_run(run), how)
     shape = model.sampler.facts.shape
     drawable = model.sampler.facts.image or shape == [2]

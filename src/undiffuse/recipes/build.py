@@ -25,6 +25,7 @@ from undiffuse.recipes.correctors import check_correctors
 from undiffuse.recipes.paths import check_path, path
 from undiffuse.recipes.schema import FactsSection, ObjectiveSection, Settings
 from undiffuse.recipes.tables import known, make, resolve
+from undiffuse.recipes.thresholds import check_thresholds
 from undiffuse.solvers import GRIDS, SOLVERS, Solver
 from undiffuse.training import TrainConfig
 
@@ -136,6 +137,7 @@ def _check_denoiser(tree: dict[str, Any], settings: Settings) -> None:
         if tree[name]["grid"] is not None:
             known(GRIDS, tree[name]["grid"], "grid", f"{name}.grid")
     check_correctors(tree)
+    check_thresholds(tree)
 
 
 def objective(settings: Settings, dataset: Any = None) -> Any:

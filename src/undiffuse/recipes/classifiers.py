@@ -62,8 +62,8 @@ def _refuse_sampling(tree: dict[str, Any]) -> None:
     usual = SamplingSection().model_dump()
     asked = {key: value for key, value in tree["sampling"].items() if key not in _OF_SAMPLING}
     given = [f"sampling.{key}" for key, value in asked.items() if value != usual.get(key)]
-    given += [f"evaluation.{key}" for key in ("solver", "steps", "grid", "corrector") if tree["evaluation"].get(key)]
-    given += ["evaluation.denoise"] if tree["evaluation"].get("denoise") else []
+    ours = ("solver", "steps", "grid", "corrector", "denoise", "threshold")
+    given += [f"evaluation.{key}" for key in ours if tree["evaluation"].get(key)]
     given += ["training.sample_every"] if tree["training"]["sample_every"] is not None else []
     if given:
         raise RecipeError(f"{given[0]}: a classifier draws no samples; leave it out")

@@ -81,10 +81,16 @@ def refuse_correctors(tree: Mapping[str, Any]) -> None:
                 )
 
 
-def said(choice: Mapping[str, Any], correction: Mapping[str, Any] | None = None, denoise: bool = False) -> str:
+def said(
+    choice: Mapping[str, Any],
+    correction: Mapping[str, Any] | None = None,
+    denoise: bool = False,
+    threshold: Mapping[str, Any] | None = None,
+) -> str:
     """A sampler in words: `reverse-diffusion + langevin(snr=0.16, steps=1, rule=score), denoised`."""
     parts = [_called(part) for part in (choice, correction) if part is not None and part["name"] != NONE]
-    return " + ".join(parts) + (", denoised" if denoise else "")
+    bounds = f", threshold {_called(threshold)}" if threshold is not None else ""
+    return " + ".join(parts) + (", denoised" if denoise else "") + bounds
 
 
 def _called(choice: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from undiffuse.recipes.arguments import argument_names, complete, unknown_key
 from undiffuse.recipes.correctors import refuse_correctors
 from undiffuse.recipes.schema import FactsSection, Settings
 from undiffuse.recipes.tables import known, make
+from undiffuse.recipes.thresholds import refuse_thresholds
 from undiffuse.solvers import KERNELS, Kernel
 from undiffuse.solvers.tempering import ParallelTempering
 
@@ -136,6 +137,7 @@ def check_energy(tree: Choice, settings: Settings) -> None:
         )
     objective = tree["objective"] = resolve_deep(OBJECTIVES, tree["objective"], "objective", "objective")
     refuse_correctors(tree)
+    refuse_thresholds(tree)
     sampling = tree["sampling"]
     if "solver" not in settings.sampling.model_fields_set:
         if objective.get("kernel") is None:

@@ -16,6 +16,7 @@ from undiffuse.fields import Denoiser
 from undiffuse.recipes import build
 from undiffuse.recipes.correctors import NONE, corrector, said
 from undiffuse.recipes.schema import FactsSection, SamplingSection
+from undiffuse.recipes.thresholds import bounded
 from undiffuse.solvers import GRIDS, sample
 from undiffuse.training.precision import autocast
 
@@ -92,6 +93,7 @@ class Sampler(BySeed):
         precision: of the network's large products, "fp32" or "bf16".
         corrector: a choice as in a recipe, `{"name": "langevin", "snr": 0.16}`; None: none.
         denoise: end a path that stops in noise with `E[x_0 | x]`.
+        threshold: a choice as in a recipe, `{"name": "dynamic", "quantile": 0.995}`; None: none.
     """
 
     denoiser: Denoiser
@@ -104,6 +106,7 @@ class Sampler(BySeed):
     precision: str = "fp32"
     corrector: dict[str, Any] | None = None
     denoise: bool = False
+    threshold: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.grid is not None:
@@ -112,13 +115,14 @@ class Sampler(BySeed):
 
     @classmethod
     def of(cls, denoiser: Denoiser, facts: FactsSection, section: SamplingSection, **changes: Any) -> Sampler:
-        """As a recipe's `sampling` says, but for `changes`; a change that is None is none, a corrector "none" takes its
-        away."""
-        keys = ("solver", "steps", "grid", "batch", "precision", "corrector", "denoise")
+        """As a recipe's `sampling` says, but for `changes`; a change that is None is none, a corrector or threshold
+        "none" takes its away."""
+        keys = ("solver", "steps", "grid", "batch", "precision", "corrector", "denoise", "threshold")
         values = {key: getattr(section, key) for key in keys}
         values |= {key: value for key, value in changes.items() if value is not None}
-        if values["corrector"] is not None and values["corrector"]["name"] == NONE:
-            values["corrector"] = None
+        for key in ("corrector", "threshold"):
+            if values[key] is not None and values[key]["name"] == NONE:
+                values[key] = None
         return cls(denoiser, facts, **values)
 
     @property
@@ -138,8 +142,13 @@ class Sampler(BySeed):
 
     @property
     def said(self) -> str:
-        """Solver, corrector and last step in words."""
-        return said(self.solver, self.corrector, self.denoise)
+        """Solver, corrector, last step and threshold in words."""
+        return said(self.solver, self.corrector, self.denoise, self.threshold)
+
+    @property
+    def bounded(self) -> Denoiser:
+        """The denoiser that is sampled from: with the threshold, where there is one."""
+        return bounded(self.denoiser, self.threshold)
 
     @property
     def nfe(self) -> int:
@@ -163,7 +172,7 @@ class Sampler(BySeed):
         """One call of `ud.sample` for all the seeds."""
         with autocast(self.precision, self.device):
             return sample(
-                self.denoiser,
+                self.bounded,
                 (len(seeds), *self.facts.shape),
                 seed=[int(s) for s in seeds],
                 cond=self.cond(seeds),

@@ -144,7 +144,7 @@ Objective = Annotated[
 ]
 
 
-_SAID_IF_ANY = ("initial", "corrector", "denoise")
+_SAID_IF_ANY = ("initial", "corrector", "denoise", "threshold")
 
 
 class SamplingSection(Section):
@@ -153,8 +153,9 @@ class SamplingSection(Section):
     `n` samples are drawn on training's schedule, `batch` at a time. `ema` names an average of the weights
     ("half-life-500", "power-0.05", or "none"); null is the first that training keeps. `precision` "bf16" runs the
     network's large products so; the solver keeps fp32. `corrector` takes its steps after each of the solver's, and
-    `denoise` ends a path that stops in noise, as VE does, with `E[x_0 | x]`. From an energy, `solver` is a Markov
-    kernel, `initial` the law its chains start from, and there is no grid, corrector or denoising.
+    `denoise` ends a path that stops in noise, as VE does, with `E[x_0 | x]`. `threshold` keeps all estimates of x_0 in
+    the range of the data. From an energy, `solver` is a Markov kernel, `initial` the law its chains start from, and
+    there is no grid, corrector, denoising or threshold.
     """
 
     solver: Choice = _choice("dpmpp-2m")
@@ -167,6 +168,7 @@ class SamplingSection(Section):
     initial: Choice | None = None
     corrector: Choice | None = None
     denoise: bool = False
+    threshold: Choice | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, write: Any) -> dict[str, Any]:
@@ -177,7 +179,8 @@ class SamplingSection(Section):
 class EvaluationSection(Section):
     """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`.
 
-    `corrector: none` takes away that of `sampling`, and so does a solver of another name.
+    `corrector: none` and `threshold: none` take away those of `sampling`; a solver of another name comes without its
+    corrector.
     """
 
     n: Annotated[int, Field(ge=2)] = 10_000
@@ -189,6 +192,7 @@ class EvaluationSection(Section):
     grid: str | None = None
     corrector: Choice | None = None
     denoise: bool | None = None
+    threshold: Choice | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, write: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.multistep import DPMpp2M, Multistep
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
-from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.singlestep import Singlestep
 from undiffuse.solvers.stochastic import DDPM, EDM
@@ -31,6 +31,7 @@ __all__ = [
     "HMC",
     "KERNELS",
     "MALA",
+    "RK4",
     "SOLVERS",
     "SRK",
     "Adaptive",
@@ -49,9 +50,11 @@ __all__ = [
     "Kernel",
     "Langevin",
     "LangevinCorrector",
+    "Midpoint",
     "Multistep",
     "ParallelTempering",
     "ReverseDiffusion",
+    "RungeKutta",
     "Sample",
     "Singlestep",
     "Solver",

@@ -99,6 +99,7 @@ class Bound:
         self.calls = 0
         self.per_sample: Tensor | None = None
         self.denoised: Tensor | None = None
+        self._inner: list[float] = []
         self._scales = self._table(self.path.alpha, self.path.sigma)
         self._rates: dict[float, tuple[float, float]] | None = None
         self._times: dict[float, Tensor] | None = None
@@ -106,7 +107,19 @@ class Bound:
     def _table(self, first: Callable, second: Callable) -> dict[float, tuple[float, float]]:
         if self.grid is None:
             return {}
-        return dict(zip(self.grid.tolist(), zip(first(self.grid).tolist(), second(self.grid).tolist())))
+        times = self._asked()
+        return dict(zip(times.tolist(), zip(first(times).tolist(), second(times).tolist())))
+
+    def _asked(self) -> Tensor:
+        """The grid, and the times inside its steps that were foreseen."""
+        assert self.grid is not None
+        return torch.cat([self.grid, self.grid.new_tensor(self._inner)])
+
+    def foresee(self, times: Sequence[float]) -> None:
+        """Times inside the grid's steps at which the solver will ask too, before the first call."""
+        if times:
+            self._inner = list(times)
+            self._scales = self._table(self.path.alpha, self.path.sigma)
 
     def __call__(self, x: Event, t: Tensor) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
@@ -149,7 +162,7 @@ class Bound:
     def _time(self, t: Tensor, x: Tensor) -> Tensor:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""
         if self._times is None:
-            grid = self.grid if self.grid is not None else t.reshape(1)
+            grid = self._asked() if self.grid is not None else t.reshape(1)
             self._times = dict(zip(grid.tolist(), as_time(grid, x).unbind()))
         found = self._times.get(float(t))
         return found if found is not None else as_time(t, x)

@@ -21,7 +21,7 @@ from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
-from undiffuse.solvers.runge_kutta import Euler, Heun
+from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from undiffuse.solvers.singlestep import SINGLESTEP
 from undiffuse.solvers.stochastic import DDPM, EDM
 
@@ -36,7 +36,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "euler": Euler,
     "euler-maruyama": EulerMaruyama,
     "heun": Heun,
+    "midpoint": Midpoint,
     "reverse-diffusion": ReverseDiffusion,
+    "rk4": RK4,
     "srk": SRK,
     "stay": Stay,
     "stochastic-heun": StochasticHeun,

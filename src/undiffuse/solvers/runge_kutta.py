@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, combine, rates, scales
+from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, combine, rates, scales
 from undiffuse.solvers.grids import make_grid
+
+Row = tuple[float, ...]
 
 
 def velocity_coefficients(field: Field, t: Tensor) -> tuple[float, float]:
@@ -21,17 +27,50 @@ def velocity_coefficients(field: Field, t: Tensor) -> tuple[float, float]:
     return p, alpha_dot - alpha * p
 
 
-def heun_coefficients(h: float, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float, float]:
-    """Weights of x, of D(x, t) and of D(x_e, s) in Heun's step, from the velocity's (p, q) at t and at s.
+def stage_coefficients(h: float, row: Row, velocities: Sequence[Row]) -> Row:
+    """Weights of x, D_1, D_2, ... in `x + h sum_j row_j v_j`, from their weights in the velocities v_j so far."""
+    weights = [0.0] * (1 + len(row))
+    for a, velocity in zip(row, velocities):
+        for i, v in enumerate(velocity):
+            weights[i] += a * v
+    return (1 + h * weights[0], *(h * w for w in weights[1:]))
 
-    `v(x_e, s) = p_s ((1 + h p) x + h q D(x, t)) + q_s D(x_e, s)`, so no velocity is stored.
+
+def combined(x: Event, answers: Sequence[Event], weights: Row) -> Event:
+    """`weights_0 x + weights_1 D_1 + weights_2 D_2 + ...`: a pass for each D after the first."""
+    out = combine(x, weights[0], answers[0], weights[1])
+    for answer, weight in zip(answers[1:], weights[2:]):
+        if weight != 0:
+            out.add_(answer, alpha=weight)
+    return out
+
+
+def between(t: Tensor, s: Tensor, node: float) -> float:
+    """`t + node (s - t)`."""
+    start = float(t)
+    return start + node * (float(s) - start)
+
+
+class RungeKutta(Solver):
+    """An explicit Runge-Kutta method, given by its Butcher tableau.
+
+    A velocity is a combination of x and of the answers D_1, D_2, ... of the field, and so is every state inside a step:
+    each is made at once from these, its weights computed as numbers, and no velocity is stored.
+
+    A step to sigma = 0 is a closed form, for there the velocity has no value that a field could give:
+    `x_s = alpha_s E[x_0 | x_t]`; where `extrapolates`, one of second order, see `last_step`.
+
+    Attributes:
+        nodes: where in the step each stage is, 0 at t and 1 at s; the first is 0.
+        rows: for each stage after the first, the weights of the velocities of those before it.
+        weights: of the velocities in the step.
+        extrapolates: how a step to sigma = 0 is made.
     """
-    (p, q), (p_s, q_s) = start, end
-    return 1 + 0.5 * h * (p + p_s * (1 + h * p)), 0.5 * h * (q + p_s * h * q), 0.5 * h * q_s
 
-
-class _InPathTime(Solver):
-    """What Euler's and Heun's method share: steps bounded by the growth rate of the noise in t."""
+    nodes: ClassVar[Row]
+    rows: ClassVar[tuple[Row, ...]]
+    weights: ClassVar[Row]
+    extrapolates: ClassVar[bool] = False
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """The canonical grid, or "karras" where a canonical step would turn the sign of the noise.
@@ -46,38 +85,86 @@ class _InPathTime(Solver):
         turns = (growth < 0) & (path.sigma(s) > 0)
         return make_grid(path, steps, "karras") if bool(turns.any()) else grid
 
+    def init(self, field: Field, x: Event, t: Scalar) -> Any:
+        if isinstance(field, Bound) and field.grid is not None:
+            steps, inner = list(pairwise(field.grid.unbind())), {node for node in self.nodes if 0 < node < 1}
+            field.foresee([between(*step, node) for step in steps for node in inner])
+
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        answers = [field(x, t)]
+        if scales(field, s)[1] == 0:
+            return self.last_step(field, x, answers[0], t, s), state
+        h = float(s) - float(t)
+        velocities: list[Row] = [velocity_coefficients(field, t)]
+        known = {0.0: (t, velocities[0])}
+        for node, row in zip(self.nodes[1:], self.rows):
+            if node not in known:
+                time = s if node == 1 else torch.tensor(between(t, s, node), dtype=torch.float64)
+                known[node] = time, velocity_coefficients(field, time)
+            time, (p, q) = known[node]
+            weights = stage_coefficients(h, row, velocities)
+            answers.append(field(combined(x, answers, weights), time))
+            velocities.append((*(p * w for w in weights), q))
+        return combined(x, answers, stage_coefficients(h, self.weights, velocities)), state
+
+    def last_step(self, field: Field, x: Event, denoised: Event, t: Scalar, s: Scalar) -> Event:
+        """`alpha_s D_1`, D_1 = E[x_0 | x_t]; where `extrapolates`, `alpha_s (2 D_m - D_1)`.
+
+        That is the midpoint rule in `u = sigma / alpha` for `y = x / alpha`, whose velocity `(y - D) / u` is regular
+        down to u = 0: D_m is the answer at u / 2, for `y_m = (y + D_1) / 2`. It takes a second call, and is not made
+        where that would be below t_low, or out of alpha = 0.
+        """
+        (alpha, sigma), alpha_s = scales(field, t), scales(field, s)[0]
+        if not self.extrapolates or alpha == 0:
+            return denoised * alpha_s
+        middle = field.path.time_of(torch.tensor(math.log(2 * alpha / sigma), dtype=torch.float64))
+        if float(middle) < field.path.t_low:
+            return denoised * alpha_s
+        half = 0.5 * scales(field, middle)[0]
+        return combine(field(combine(x, half / alpha, denoised, half), middle), 2 * alpha_s, denoised, -alpha_s)
+
 
 @dataclass(frozen=True)
-class Euler(_InPathTime):
+class Euler(RungeKutta):
     """`x_s = x_t + (s - t) v(x_t, t)`; `x_s = alpha_s E[x_0 | x_t]` where sigma_s = 0."""
 
     order: ClassVar[int] = 1
     evals_per_step: ClassVar[int] = 1
-
-    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
-        alpha_s, sigma_s = scales(field, s)
-        if sigma_s == 0:
-            return denoised * alpha_s, state
-        h = float(s) - float(t)
-        p, q = velocity_coefficients(field, t)
-        return combine(x, 1 + h * p, denoised, h * q), state
+    nodes: ClassVar[Row] = (0.0,)
+    rows: ClassVar[tuple[Row, ...]] = ()
+    weights: ClassVar[Row] = (1.0,)
 
 
 @dataclass(frozen=True)
-class Heun(_InPathTime):
+class Heun(RungeKutta):
     """`x_s = x_t + (s - t) / 2 (v(x_t, t) + v(x_e, s))`, x_e Euler's; the closed form where sigma_s = 0."""
 
     order: ClassVar[int] = 2
     evals_per_step: ClassVar[int] = 2
+    nodes: ClassVar[Row] = (0.0, 1.0)
+    rows: ClassVar[tuple[Row, ...]] = ((1.0,),)
+    weights: ClassVar[Row] = (0.5, 0.5)
 
-    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        first = field(x, t)
-        alpha_s, sigma_s = scales(field, s)
-        if sigma_s == 0:
-            return first * alpha_s, state
-        h = float(s) - float(t)
-        start, end = velocity_coefficients(field, t), velocity_coefficients(field, s)
-        second = field(combine(x, 1 + h * start[0], first, h * start[1]), s)
-        on_x, on_first, on_second = heun_coefficients(h, start, end)
-        return (x * on_x).add_(first, alpha=on_first).add_(second, alpha=on_second), state
+
+@dataclass(frozen=True)
+class Midpoint(RungeKutta):
+    """`x_s = x_t + (s - t) v(x_m, m)`, `m = (t + s) / 2`, x_m by Euler's method."""
+
+    extrapolates: ClassVar[bool] = True
+    order: ClassVar[int] = 2
+    evals_per_step: ClassVar[int] = 2
+    nodes: ClassVar[Row] = (0.0, 0.5)
+    rows: ClassVar[tuple[Row, ...]] = ((0.5,),)
+    weights: ClassVar[Row] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RK4(RungeKutta):
+    """The classical method: velocities at t, twice in the middle and at s, weighted 1 : 2 : 2 : 1."""
+
+    extrapolates: ClassVar[bool] = True
+    order: ClassVar[int] = 4
+    evals_per_step: ClassVar[int] = 4
+    nodes: ClassVar[Row] = (0.0, 0.5, 0.5, 1.0)
+    rows: ClassVar[tuple[Row, ...]] = ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0))
+    weights: ClassVar[Row] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
