@@ -14,6 +14,7 @@ from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, ge
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
+from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import Euler, Heun
 from undiffuse.solvers.sampling import Sample, sample
@@ -48,6 +49,7 @@ __all__ = [
     "Langevin",
     "LangevinCorrector",
     "ParallelTempering",
+    "Picard",
     "ReverseDiffusion",
     "Sample",
     "Solver",
