@@ -1,7 +1,7 @@
 """Rounds of Picard's iteration (ParaDiGMS) to a result of 1,000 steps, and its distance from that of step by step.
 
-    python benchmarks/picard.py                    # exact denoiser of 1,000 digits smoothed by 0.1, float64
-    python benchmarks/picard.py --run runs/digits  # a trained one, classes 0, 1, 2, ...
+python benchmarks/picard.py                    # exact denoiser of 1,000 digits smoothed by 0.1, float64
+python benchmarks/picard.py --run runs/digits  # a trained one, classes 0, 1, 2, ...
 """
 
 from __future__ import annotations
