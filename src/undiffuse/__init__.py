@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "ParallelTempering",
-        "Underdamped", "make_grid", "sample",
+        "Picard", "Underdamped", "make_grid", "sample",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
@@ -107,6 +107,7 @@ __all__ = [
     "NoisyClassification",
     "ParallelTempering",
     "Path",
+    "Picard",
     "ProductEnergy",
     "Recipe",
     "ReverseSDE",
@@ -272,6 +273,7 @@ if TYPE_CHECKING:
         Langevin,
         LangevinCorrector,
         ParallelTempering,
+        Picard,
         Underdamped,
         make_grid,
         sample,

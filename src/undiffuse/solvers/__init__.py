@@ -15,6 +15,7 @@ from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.multistep import DPMpp2M, Multistep
+from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
 from undiffuse.solvers.sampling import Sample, sample
@@ -53,6 +54,7 @@ __all__ = [
     "Midpoint",
     "Multistep",
     "ParallelTempering",
+    "Picard",
     "ReverseDiffusion",
     "RungeKutta",
     "Sample",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -43,12 +43,15 @@ class Solver(ABC):
             a step that starts in alpha = 0, is a closed form and takes one.
         stochastic: whether steps draw noise.
         adaptive: whether a step makes evaluations as it needs them, for each sample its own number.
+        at_once: whether a grid is solved as a whole, by `run`, not step after step. Nothing can be corrected between
+            the steps then.
     """
 
     order: ClassVar[float]
     evals_per_step: ClassVar[int]
     stochastic: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    at_once: ClassVar[bool] = False
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """The times used where the caller gives none: `make_grid(path, steps, "canonical")`.
@@ -77,6 +80,19 @@ class Solver(ABC):
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         """`(x_s, state)` from `x_t`; t > s are float64 scalars on the CPU, `noise()` draws one tensor like x."""
 
+    def run(self, field: Field, x: Event, grid: Float[Tensor, " n"], keep: bool = False) -> Course:
+        """x carried along the whole grid, by a solver that is `at_once`; `keep` its states on the way."""
+        raise NotImplementedError(f"{type(self).__name__} goes step by step")
+
+
+class Course(NamedTuple):
+    """What `Solver.run` returns: x at the end, and where kept the states (n, B, *event) at all times and the n - 1
+    denoised."""
+
+    x: Tensor
+    states: Tensor | None = None
+    denoised: Tensor | None = None
+
 
 class Bound:
     """A denoiser with its condition and its grid: called at scalar times, counted, its last answer kept.
@@ -98,6 +114,7 @@ class Bound:
         self.grid = grid
         self.calls = 0
         self.per_sample: Tensor | None = None
+        self.rounds: Tensor | None = None
         self.denoised: Tensor | None = None
         self._inner: list[float] = []
         self._scales = self._table(self.path.alpha, self.path.sigma)
@@ -124,8 +141,9 @@ class Bound:
     def __call__(self, x: Event, t: Tensor) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self.calls += 1
-        if self.per_sample is not None:
+        if self.per_sample is not None and self.rounds is not None:
             self.per_sample += 1
+            self.rounds += 1
         self.denoised = denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
         return denoised
 
@@ -136,28 +154,39 @@ class Bound:
         return denoised.to(x.dtype)
 
     def track(self, rows: int) -> None:
-        """Count the calls of each of that many samples too, in `per_sample`, (B,) int64."""
+        """Count the calls of each of that many samples too, (B,) int64.
+
+        In `per_sample` its rows of all calls; in `rounds` the calls that it was part of, one after the other.
+        """
         if self.per_sample is None:
             self.per_sample = torch.full((rows,), self.calls, dtype=torch.int64)
+            self.rounds = self.per_sample.clone()
 
     def at(self, x: Float[Tensor, "n *event"], t: Float[Tensor, " n"], rows: Tensor) -> Tensor:
         """`E[x_0 | x_t]` of some samples, each at its own time; `rows` says which. Counted as one call.
 
         `denoised`, the last answer for the whole batch, is left as it is.
         """
-        self._count(rows)
+        self.count(rows)
+        return self.answer(x, t, rows)
+
+    def answer(self, x: Float[Tensor, "n *event"], t: Float[Tensor, " n"], rows: Tensor) -> Tensor:
+        """As `at`, not counted: for parts of what one `count` has counted."""
         return self._checked(self.field(x, as_time(t, x), rows_of(self.cond, rows)), x)
 
     def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Tensor) -> tuple[Event, Event]:
         """`(E[x_0 | x_t], E[eps | x_t])`, otherwise as `at`."""
-        self._count(rows)
+        self.count(rows)
         x_0, noise = self.field.estimate(x, as_time(t, x), rows_of(self.cond, rows))
         return self._checked(x_0, x), self._checked(noise, x)
 
-    def _count(self, rows: Tensor) -> None:
+    def count(self, rows: Tensor) -> None:
+        """One call of these samples; one may be there several times, at different times."""
         self.calls += 1
-        if self.per_sample is not None:
-            self.per_sample[rows.to(self.per_sample.device)] += 1
+        if self.per_sample is not None and self.rounds is not None:
+            rows = rows.to(self.per_sample.device)
+            self.per_sample.index_add_(0, rows, torch.ones_like(rows))
+            self.rounds[rows] += 1
 
     def _time(self, t: Tensor, x: Tensor) -> Tensor:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""

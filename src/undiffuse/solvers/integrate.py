@@ -20,6 +20,7 @@ from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.multistep import MULTISTEP
+from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 from undiffuse.solvers.singlestep import SINGLESTEP
@@ -37,6 +38,7 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "euler-maruyama": EulerMaruyama,
     "heun": Heun,
     "midpoint": Midpoint,
+    "picard": Picard,
     "reverse-diffusion": ReverseDiffusion,
     "rk4": RK4,
     "srk": SRK,
@@ -125,10 +127,15 @@ def integrate(
         solver: what makes a step.
         noise: draws one tensor like x; needed where the solver or the corrector is stochastic.
         corrector: applied after each step that ends in sigma > 0.
-        callback: called with a `Step` after each step.
+        callback: called with a `Step` after each step; of a solver that is `at_once`, for all of them at the end.
+
+    Raises:
+        ArgumentError: a corrector with a solver that is `at_once`.
     """
     run = field if isinstance(field, Bound) else Bound(field, grid=grid)
     solver = solver.for_steps(len(grid) - 1).for_event(x.shape[1:])
+    if solver.at_once:
+        return _at_once(run, x, grid, solver, corrector, callback)
     draw = noise if noise is not None else _no_noise
     state = solver.init(run, x, grid[0])
     for index, (t, s) in enumerate(pairwise(grid.unbind())):
@@ -138,6 +145,27 @@ def integrate(
         if callback is not None:
             callback(Step(index, float(t), float(s), x, run.denoised if run.denoised is not None else x, run.calls))
     return x
+
+
+def _at_once(
+    run: Bound,
+    x: Event,
+    grid: Float[Tensor, " n"],
+    solver: Solver,
+    corrector: Corrector | None,
+    callback: Callable[[Step], object] | None,
+) -> Event:
+    """The end of the grid by `Solver.run`, and its steps told of afterwards."""
+    if corrector is not None:
+        raise ArgumentError(
+            f"{type(solver).__name__} solves all steps at once, and nothing can be corrected between them: leave the "
+            "corrector out, or take a solver that goes step by step"
+        )
+    course = solver.run(run, x, grid, keep=callback is not None)
+    if callback is not None and course.states is not None and course.denoised is not None:
+        for index, (t, s) in enumerate(pairwise(grid.tolist())):
+            callback(Step(index, t, s, course.states[index + 1], course.denoised[index], run.calls))
+    return course.x
 
 
 def _no_noise() -> Tensor:

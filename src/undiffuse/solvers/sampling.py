@@ -27,8 +27,10 @@ class Sample:
 
     Attributes:
         x: the samples, (B, *event).
-        nfe: number of network calls.
-        nfe_each: evaluations that each sample took (B,); fewer than `nfe` where an adaptive solver was done with it.
+        nfe: number of network calls, one after the other.
+        nfe_each: evaluations that each sample took (B,); fewer than `nfe` where an adaptive solver was done with it,
+            more where a solver asks at several times at once.
+        rounds: calls that each sample was part of, one after the other (B,).
         trajectory: the states at the times of `grid`, steps + 1 tensors like x, both ends included, each as the
             corrector left it.
         denoised: the estimate of x_0 of each step, steps tensors like x; none of a Markov chain.
@@ -43,6 +45,12 @@ class Sample:
     grid: Tensor
     seed: object
     nfe_each: Tensor
+    rounds: Tensor
+
+    @property
+    def speed_up(self) -> Tensor:
+        """Steps of the grid over calls one after the other, of each sample (B,)."""
+        return (len(self.grid) - 1) / self.rounds
 
 
 def sample(
@@ -114,7 +122,7 @@ def sample(
             )
         x, nfe, states = _run_chains(chosen, field, z, steps, cond, after_start, return_info)
         each = torch.full((len(x),), nfe)
-        return Sample(x, nfe, (z, *states), (), torch.empty(0), seed, each) if return_info else x
+        return Sample(x, nfe, (z, *states), (), torch.empty(0), seed, each, each) if return_info else x
     if not isinstance(field, Denoiser):
         raise ArgumentError(
             f"solver '{solver}' follows a path, and {type(field).__name__} has none: give a Denoiser, or a Markov "
@@ -134,7 +142,8 @@ def sample(
         return x
     states, denoised = tuple(r.x for r in record), tuple(r.denoised for r in record)
     each = torch.full((len(x),), bound.calls) if bound.per_sample is None else bound.per_sample
-    return Sample(x, bound.calls, (start, *states), denoised, times, seed, each)
+    rounds = each if bound.rounds is None else bound.rounds
+    return Sample(x, bound.calls, (start, *states), denoised, times, seed, each, rounds)
 
 
 def _follow_path(
