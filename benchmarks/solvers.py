@@ -19,7 +19,9 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +104,7 @@ def contenders() -> list[Ours]:
 def measure(case: Case, rows: list[Any], calls: tuple[int, ...]) -> Errors:
     """Errors of each row at each number of calls; a row whose library is missing is left out, with a line."""
     found: Errors = {}
-    for row in rows:
+    for place, row in enumerate(rows, 1):
         own = {}
         try:
             for n in calls:
@@ -113,6 +115,8 @@ def measure(case: Case, rows: list[Any], calls: tuple[int, ...]) -> Errors:
             print(f"{row}: left out, {error}")
             continue
         found[str(row)] = own
+        print(f"\r{case.name}: {place} of {len(rows)}", end="", file=sys.stderr, flush=True)
+    print("\r", end="", file=sys.stderr)
     return found
 
 
@@ -174,6 +178,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     words = options()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # of diffusers, about its own options
     calls = tuple(words.calls)
 
     def chosen(rows: list[Any]) -> list[Any]:
