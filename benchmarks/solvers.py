@@ -94,7 +94,14 @@ OURS: list[Ours] = [
     for path in PATHS
 ]
 # What the default run takes of them, by name; all where it is empty.
-CONTENDERS: tuple[str, ...] = ()
+CONTENDERS: tuple[str, ...] = (
+    "dpmpp-2m canonical Linear",
+    "dpmpp-2m quadratic Linear",
+    "dpmpp-2m time Linear",
+    "ddim time Linear",
+    "heun canonical Linear",
+    "heun quadratic Linear",
+)
 
 
 def contenders() -> list[Ours]:
