@@ -1,6 +1,6 @@
 """Error by network calls: our solvers beside diffusers, azula, flow_matching and k-diffusion, on two exact worlds.
 
-    python benchmarks/solvers.py                   # ring and digits, peers and ours, some 5 minutes of one core
+    python benchmarks/solvers.py                   # ring and digits, peers and ours, some 3 minutes of one core
     python benchmarks/solvers.py --scan            # every choice in OURS, no peers: the best for each number of calls
     python benchmarks/solvers.py --worlds ring --only zEAB dpmpp --json out.json
 
