@@ -57,20 +57,20 @@ def _of_canonical(path: Path, tau: Tensor) -> Tensor:
 _RHO = 7.0
 # Measured, see `Solver.default_grid`.
 _CANONICAL = 1.5
-# The angle from which "curved-angle" counts, where a path begins beyond.
-_STEEPEST = math.atan(20.0)
 
 
-def curved_angle(scale: float = 1.0) -> Spacing:
+def curved_angle(scale: float = 1.0, start: float = 20.0) -> Spacing:
     """Equal steps in `atan(sigma / (scale alpha))^(1 / p)`, `p = 1.75 + 0.75 log10(scale)`, for data of that spread.
 
-    From sigma / (scale alpha) = 20 where the path begins beyond. The exponents were chosen for `Multistep()` by its
-    error on a ring of 8 modes and 1,000 digits (scale 1) and on a small network of CIFAR-10 (scale 10).
+    From sigma / (scale alpha) = `start` where the path begins in alpha = 0. The exponents were chosen for `Multistep()` by
+    its error on a ring of 8 modes and 1,000 digits (scale 1) and on a small network of CIFAR-10 (scale 10).
     """
     power = 1.75 + 0.75 * math.log10(scale)
 
     def to(path: Path, t: Tensor) -> Tensor:
-        return torch.atan2(path.sigma(t), scale * path.alpha(t)).clamp(max=_STEEPEST) ** (1 / power)
+        alpha = path.alpha(t)
+        theta = torch.atan2(path.sigma(t), scale * alpha)
+        return torch.where(alpha > 0, theta, math.atan(start)) ** (1 / power)
 
     def back(path: Path, c: Tensor) -> Tensor:
         theta = c**power

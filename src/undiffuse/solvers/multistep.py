@@ -147,7 +147,9 @@ class Multistep(Solver):
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """ "curved-angle" at the data's scale, measured for the default setting; "canonical" for other variables."""
-        return make_grid(path, steps, curved_angle(self.unit) if self.variable == "angle" else "canonical")
+        # Where alpha = 0 many steps begin nearer to it, so that what the first one lacks vanishes with their size.
+        curved = curved_angle(self.unit, max(20.0, float(steps)))
+        return make_grid(path, steps, curved if self.variable == "angle" else "canonical")
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         if self.scale is None:
