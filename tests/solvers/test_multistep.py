@@ -13,7 +13,7 @@ from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
-from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, integrate, sample
+from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, integrate, make_grid, sample
 from undiffuse.solvers.base import weighted_sum
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights, snr_weights, time_weights
@@ -134,8 +134,9 @@ def test_the_scale_is_the_unit_of_the_data():
     large = GaussianMixture(3 * small.flat_means, 3 * small.variances.sqrt().flatten(), small.weights)
     narrow, wide = Karras(), Karras(sigma_min=0.006, sigma_max=240.0)
     noise = 80 * numbers(20, 2)
-    a = sample(small.denoiser(narrow), noise=noise, solver=Multistep(scale=1.0), steps=9)
-    b = sample(large.denoiser(wide), noise=3 * noise, solver=Multistep(scale=3.0), steps=9)
+    grid = make_grid(narrow, 9, "curved-angle")
+    a = sample(small.denoiser(narrow), noise=noise, solver=Multistep(scale=1.0), grid=grid)
+    b = sample(large.denoiser(wide), noise=3 * noise, solver=Multistep(scale=3.0), grid=3 * grid)
     assert torch.allclose(3 * a, b, rtol=1e-9, atol=1e-9)
     assert Multistep().for_event((3, 32, 32)).scale == pytest.approx(0.18 * math.sqrt(3072))
     assert Multistep().for_event((2,)).scale == 1
