@@ -158,7 +158,7 @@ class SamplingSection(Section):
     there is no grid, corrector, denoising or threshold.
     """
 
-    solver: Choice = _choice("dpmpp-2m")
+    solver: Choice = _choice("abm-4")
     steps: Count = 20
     grid: str | None = None
     n: Count = 64
