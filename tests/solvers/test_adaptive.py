@@ -211,7 +211,7 @@ def test_between_the_steps_the_solution_is_known(name):
 
 
 def test_another_measure_of_a_step_s_error_shortens_it_too():
-    """It is given the end of the step: where, the state, its slope, and the error; 1e4 of one is 1e-4 of a tolerance."""
+    """It is given the end of the step: where, the state, its slope there, and the error."""
     y, seen = torch.ones(3, 2, dtype=F64), []
 
     def slope(t, y, rows):

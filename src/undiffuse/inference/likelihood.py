@@ -7,10 +7,10 @@ Along the flow `dx / dt = v(x, t)` the log-density of a moving point falls by th
     log p_0(x) = log p_T(x_T) + D log(n_T / n_0) + integral of div_y (dy / dtheta) dtheta.
 
 An estimate of the divergence costs one product with the Jacobian and is integrated with the way, whose steps then also
-resolve it. The exact one costs D products, so the way is found first and the divergence integrated along it, at a half to
-a third as many places (`undiffuse.solvers.quadrature`). What its errors do to the result the way must then know by
-itself: by an error e of a step the point jumps from one way of the flow to another, along which the same sum is
-`log p_t(y + e)`, so that the result is wrong by `score . e` to first order; that too is kept to the tolerance.
+resolve it. The exact one costs D products, so the way is found first and the divergence integrated along it, at a half
+to a third as many places (`undiffuse.solvers.quadrature`). What its errors do to the result the way must then know by
+itself: an error e of a step takes the point from one way of the flow to another, whose sum is `log p_t(y + e)`, so that
+the result is wrong by `score . e` to first order; that too is kept to the tolerance.
 """
 
 from __future__ import annotations
@@ -268,10 +268,8 @@ def _after(
     start, end, pair, tolerance = settings
     allowed = tolerance.atol + tolerance.rtol * y.shape[1]
 
-    def change(*step: Tensor) -> Tensor:
-        return rise(*step).abs() / allowed
-
-    finer = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol, also=change)
+    also = lambda *step: rise(*step).abs() / allowed  # noqa: E731
+    finer = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol, also=also)
     # Nothing in p is narrower than sin(theta); a longer first step may not see what a flow at rest starts from.
     first = None, torch.full(y.shape[:1], max(start, _FIRST), dtype=torch.float64, device=y.device)
     found = solve(way, y, start, end, pair, finer, first=first, keep=True, describe=describe)
