@@ -33,6 +33,7 @@ from solver_truth import WORLDS, Case, default_cache
 from torch import Tensor
 
 import undiffuse as ud
+from undiffuse.solvers.grids import curved_angle
 
 CALLS = (5, 6, 8, 10, 15, 20, 30, 50)
 # The numbers of calls over which one choice must serve.
@@ -85,6 +86,21 @@ class Ours:
         return None
 
 
+def curved(power: float, start: float) -> Callable[[ud.Path, int], Tensor]:
+    """The angle's grid with a power and a start of its own."""
+
+    def grid(path: ud.Path, steps: int) -> Tensor:
+        return ud.make_grid(path, steps, curved_angle(power=power, start=start))
+
+    grid.__name__ = f"angle^{power:g}<{start:g}"
+    return grid
+
+
+def multistep(points: int, turn: float, power: float, start: float) -> Ours:
+    name = f"{points} points, turn {turn:g}"
+    return Ours(ud.Multistep(points, turn, scale=1.0), curved(power, start), ud.Linear(), name)
+
+
 PATHS = (ud.Linear(), ud.Karras(), ud.VP())
 DEFAULTS = [Ours(None, None, path) for path in PATHS]
 OURS: list[Ours] = [
@@ -93,15 +109,24 @@ OURS: list[Ours] = [
     for grid in ("angle", "canonical", "half-log-snr", "karras", "quadratic", "time")
     for path in PATHS
 ]
+# The best of 2 to 5 points, turns 1/2, 3/4, 15/16, powers 1.5 to 2.5, starts 10, 20, 80.
+OURS += [
+    multistep(*setting)
+    for setting in (
+        (2, 0.75, 2.0, 10),
+        (2, 0.75, 1.75, 80),
+        (2, 15 / 16, 1.75, 10),
+        (2, 15 / 16, 2.0, 80),
+        (3, 15 / 16, 1.5, 10),
+        (4, 15 / 16, 1.5, 80),
+        (4, 15 / 16, 1.75, 10),
+        (5, 15 / 16, 1.5, 80),
+        (5, 15 / 16, 1.75, 20),
+        (5, 15 / 16, 2.0, 10),
+    )
+]
 # What the default run takes of them, by name; all where it is empty.
-CONTENDERS: tuple[str, ...] = (
-    "dpmpp-2m canonical Linear",
-    "dpmpp-2m quadratic Linear",
-    "dpmpp-2m time Linear",
-    "ddim time Linear",
-    "heun canonical Linear",
-    "heun quadratic Linear",
-)
+CONTENDERS: tuple[str, ...] = ("dpmpp-2m time Linear", *(str(choice) for choice in OURS[90:]))
 
 
 def contenders() -> list[Ours]:

@@ -17,7 +17,7 @@ from undiffuse.oracles import Gaussian, exact_flow
 from undiffuse.paths import VP, Linear
 from undiffuse.solvers import Adaptive, Bound, sample
 from undiffuse.solvers.adaptive import Tolerance, solve
-from undiffuse.solvers.flow import Flow, flow
+from undiffuse.solvers.flow import Flow, flow, rise
 from undiffuse.solvers.pairs import PAIRS
 from worlds import PATHS
 
@@ -208,6 +208,40 @@ def test_between_the_steps_the_solution_is_known(name):
     assert torch.allclose(solution.at(math.pi / 2), z, atol=1e-12)
     with pytest.raises(ArgumentError, match="position 2 is outside"):
         solution.at(2.0)
+
+
+def test_another_measure_of_a_step_s_error_shortens_it_too():
+    """It is given the end of the step: where, the state, its slope there, and the error."""
+    y, seen = torch.ones(3, 2, dtype=F64), []
+
+    def slope(t, y, rows):
+        return torch.cos(t)[:, None] * y
+
+    def also(t, y, k, miss):
+        assert torch.allclose(k, slope(t, y, None), rtol=1e-12)
+        seen.append(miss.abs().amax())
+        return miss.square().mean(1).sqrt() * 1e10
+
+    def ran(tolerance):
+        return solve(slope, y, 0.0, 2.0, PAIRS["dopri5"], tolerance)
+
+    loose, both, strict = ran(Tolerance(0.0, 1e-6)), ran(Tolerance(0.0, 1e-6, also=also)), ran(Tolerance(0.0, 1e-10))
+    assert len(seen) > 0
+    assert int(loose.steps.max()) < 0.4 * int(both.steps.min())
+    assert both.steps.tolist() == pytest.approx(strict.steps.tolist(), abs=1)
+    assert torch.allclose(both.y, torch.full_like(y, math.exp(math.sin(2.0))), atol=1e-8)
+
+
+@pytest.mark.parametrize("path", [VP(), Linear()], ids=["vp", "linear"])
+def test_what_a_move_adds_to_the_log_density_is_its_product_with_the_score(path):
+    """Differences of the exact law's log-density, in units of `x / n`."""
+    law, way = mixture(), Flow(Bound(mixture().denoiser(path)), (20, 2))
+    y, move = numbers(20, 2), numbers(20, 2, seed=1)
+    t = torch.tensor(0.3, dtype=F64)
+    theta, n = path.angle(t).expand(20), torch.hypot(path.alpha(t), path.sigma(t))
+    log_prob = law.perturbed(path, 0.3).log_prob
+    exact = (log_prob(n * (y + 1e-5 * move)) - log_prob(n * (y - 1e-5 * move))) / 2e-5
+    assert torch.allclose(rise(theta, y, way(theta, y, torch.arange(20)), move), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_flow_through_the_steps():

@@ -5,13 +5,19 @@ Along the flow `dx / dt = v(x, t)` the log-density of a moving point falls by th
 `undiffuse.solvers.flow`, `y = x / n(t)` at the angle theta,
 
     log p_0(x) = log p_T(x_T) + D log(n_T / n_0) + integral of div_y (dy / dtheta) dtheta.
+
+An estimate of the divergence costs one product with the Jacobian and is integrated with the way, whose steps then also
+resolve it. The exact one costs D products, so the way is found first and the divergence integrated along it, at a half
+to a third as many places (`undiffuse.solvers.quadrature`). What its errors do to the result the way must then know by
+itself: an error e of a step takes the point from one way of the flow to another, whose sum is `log p_t(y + e)`, so that
+the result is wrong by `score . e` to first order; that too is kept to the tolerance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -25,17 +31,28 @@ from undiffuse.inference.encoding import check_event, first_scale, span
 from undiffuse.solvers.adaptive import Tolerance, solve
 from undiffuse.solvers.base import Bound, Cond, rows_of
 from undiffuse.solvers.during import evaluating
-from undiffuse.solvers.flow import Flow, norm_at
-from undiffuse.solvers.pairs import PAIRS
+from undiffuse.solvers.flow import Flow, norm_at, rise
+from undiffuse.solvers.pairs import PAIRS, Pair
+from undiffuse.solvers.quadrature import integrate_along
 from undiffuse.solvers.sampling import placed
 
 Event = Float[Tensor, "b *event"]
 PerSample = Float[Tensor, " b"]
 
+# (angles (n,), states (n, D), which samples they are (n,)) -> slopes (n, D) and their divergences (n,)
+Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Describe = Callable[[float], str]
+
+# Numbers in one call for the divergence where the events are small: operations on fewer cost as much.
+_NUMBERS = 4096
+
+# The first step of a way from the data itself, in radians.
+_FIRST = 1e-5
+
 
 @dataclass(frozen=True)
 class Exact:
-    """All D terms of the trace: D products with the Jacobian per evaluation."""
+    """All D terms of the trace: D products with the Jacobian wherever it is asked for."""
 
     exact = True
 
@@ -118,7 +135,7 @@ class Likelihood:
 
     Attributes:
         nats: log-density of each sample, (B,).
-        nfe: evaluations of the model that each took, (B,).
+        nfe: evaluations of the model that each took, (B,), those for an exact divergence included.
         latent: where the flow carried each, (B, *event), at the path's t_max.
         seed: what makes the random directions again.
     """
@@ -154,13 +171,14 @@ def log_likelihood(
         x: data, floats (B, *event); the flow is solved in their type, so give float64 for tolerances below 1e-6.
         divergence: "exact", "hutchinson", "hutch++", or an object with more settings.
         rtol, atol: error allowed to a step: to the point (root mean square over coordinates, in units of
-            `x / hypot(alpha, sigma)`) and to the log-density, each by itself. With an exact divergence a tenth of them,
-            and the point's error is its length, so that the nats come out to about `D rtol` as a whole.
+            `x / hypot(alpha, sigma)`) and to the log-density, each by itself. With an exact divergence a tenth of them
+            (a twentieth to the point, whose error then is its length), so that the nats come out to about `D rtol`.
         seed: of the random directions, as of `sample`; None: a fresh one, found in the record. Streams are used as they
             are, a number is folded, so that it may be the one that dequantised the data.
         cond: the condition of each sample.
         method: "dopri5", "tsit5" or "bosh3".
-        batch: samples at a time.
+        batch: samples at a time. With an exact divergence their accepted steps are kept (method's evaluations + 1
+            states each), and it is taken at so many points at a time, more of them where D is below 16.
         prior: log-density of x_{t_max}; None: the path's own, a Gaussian. (A path whose alpha ends above 0, like VP,
             keeps a trace of the data: give an oracle's `perturbed(path, t_max).log_prob` for its exact law.)
         differentiable: keep the graph, for gradients towards x and the parameters; the memory of all steps.
@@ -179,7 +197,7 @@ def log_likelihood(
         raise ArgumentError(f"seed holds {len(streams)} streams: expected one for each of {len(x)} samples")
     cond = placed(cond, len(x), x.device)
     share = 0.1 if rule.exact else 1.0
-    tolerance = Tolerance(share * rtol, share * atol, (math.prod(x.shape[1:]), 1), length=rule.exact)
+    tolerance = Tolerance(share * rtol, share * atol, length=rule.exact)
     settings = (rule, tolerance, method, prior)
     parts: list[tuple[Tensor, ...]] = []
     for rows in torch.arange(len(x), device=x.device).split(batch):
@@ -213,21 +231,52 @@ def _likelihood(
         )
         directions = directions.transpose(0, 1)
 
-    def slope(theta: Tensor, state: Tensor, rows: Tensor) -> Tensor:
-        value, trace = rule(lambda y: way(theta, y, rows), state[:, :-1], directions[:, rows])
-        return torch.cat([value, trace[:, None]], 1)
-
     start, end = span(bound)
     scale = first_scale(bound)
     y = (x * scale / norm_at(bound.path, start)).flatten(1)
-    state = torch.cat([y, y.new_zeros(len(y), 1)], 1)
-    solution = solve(
-        slope, state, way.angle(start), way.angle(end), PAIRS[method], tolerance, describe=way.described(start, end)
-    )
-    latent = (solution.y[:, :-1] * norm_at(bound.path, end)).reshape(x.shape)
+
+    def divergence(theta: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rule(lambda z: way(theta, z, rows), y, directions[:, rows])
+
+    settings = way.angle(start), way.angle(end), PAIRS[method], tolerance
+    at, gained, nfe = (_after if rule.exact else _together)(way, divergence, y, settings, way.described(start, end))
+    latent = (at * norm_at(bound.path, end)).reshape(x.shape)
     volume = size * math.log(scale * norm_at(bound.path, end) / norm_at(bound.path, start))
     log_prior = bound.path.prior_log_prob(latent) if prior is None else prior(latent)
-    return log_prior + solution.y[:, -1] + volume, solution.evals, latent
+    return log_prior + gained + volume, nfe, latent
+
+
+def _together(
+    way: Flow, divergence: Divergence, y: Tensor, settings: tuple[float, float, Pair, Tolerance], describe: Describe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of the way, the integral along it, and evaluations, from one solve of both."""
+
+    def slope(theta: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        value, trace = divergence(theta, state[:, :-1], rows)
+        return torch.cat([value, trace[:, None]], 1)
+
+    start, end, pair, tolerance = settings
+    tolerance = replace(tolerance, parts=(y.shape[1], 1))
+    both = solve(slope, torch.cat([y, y.new_zeros(len(y), 1)], 1), start, end, pair, tolerance, describe=describe)
+    return both.y[:, :-1], both.y[:, -1], both.evals
+
+
+def _after(
+    way: Flow, divergence: Divergence, y: Tensor, settings: tuple[float, float, Pair, Tolerance], describe: Describe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, the way first: to half the tolerance, and no step's error may move log p by more than atol + D rtol."""
+    start, end, pair, tolerance = settings
+    allowed = tolerance.atol + tolerance.rtol * y.shape[1]
+
+    also = lambda *step: rise(*step).abs() / allowed  # noqa: E731
+    finer = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol, also=also)
+    # Nothing in p is narrower than sin(theta); a longer first step may not see what a flow at rest starts from.
+    first = None, torch.full(y.shape[:1], max(start, _FIRST), dtype=torch.float64, device=y.device)
+    found = solve(way, y, start, end, pair, finer, first=first, keep=True, describe=describe)
+    assert found.track is not None  # keep=True
+    at_once = max(len(y), _NUMBERS // y.shape[1])
+    gained, asked = integrate_along(lambda *at: divergence(*at)[1], found.track, tolerance, at_once=at_once)
+    return found.y, gained, found.evals + asked
 
 
 def bits_per_dim(nats: PerSample | float, event_size: int, levels: int = 256) -> PerSample | float:

@@ -8,18 +8,21 @@ below 1, and the next is `0.9 error^(-1/q)` times as long, q the order, at most 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.solvers.pairs import Pair
+from undiffuse.solvers.solution import Solution, Track, Tried
 
 Rows = Float[Tensor, "n d"]
 # (positions (n,), states (n, D), which samples they are (n,)) -> dy / dposition (n, D)
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (positions (n,), states (n, D), slopes there (n, D), errors of the steps to there (n, D)) -> sizes of these (n,)
+Measure = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 
@@ -33,6 +36,7 @@ class Tolerance:
         parts: sizes of the parts of a state that keep the tolerance each by itself; None: it is one.
         max_steps: tried steps per sample, after which the integration is given up.
         length: measure a part by its length, not by its root mean square, which is sqrt(D) times less.
+        also: another measure of a step's error, which too must be below 1: of what it does to something else.
 
     Raises:
         ArgumentError: a tolerance below 0, both 0, or max_steps < 1.
@@ -43,6 +47,7 @@ class Tolerance:
     parts: Sequence[int] | None = None
     max_steps: int = 10_000
     length: bool = False
+    also: Measure | None = None
 
     def __post_init__(self):
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0 and self.max_steps >= 1):
@@ -57,60 +62,6 @@ class Tolerance:
         parts = scaled.split(list(self.parts), 1) if self.parts is not None else [scaled]
         squares = [part.sum(1) if self.length else part.mean(1) for part in parts]
         return (torch.stack(squares).amax(0) if len(squares) > 1 else squares[0]).sqrt().double()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Accepted steps: which samples, from where, how far, the state there and its S slopes."""
-
-    rows: Int[Tensor, " n"]
-    start: Float[Tensor, " n"]
-    length: Float[Tensor, " n"]
-    y: Rows
-    slopes: Float[Tensor, "s n d"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What `solve` returns.
-
-    Attributes:
-        y: states at the end, (B, D).
-        slope: dy / dposition there.
-        step: lengths of the steps that would come next, (B,).
-        evals: evaluations of the slope for each sample, (B,).
-        steps, rejected: accepted and rejected steps of each sample.
-        pieces: all accepted steps, where they were to be kept.
-    """
-
-    y: Rows
-    slope: Rows
-    step: Float[Tensor, " b"]
-    evals: Int[Tensor, " b"]
-    steps: Int[Tensor, " b"]
-    rejected: Int[Tensor, " b"]
-    pair: Pair
-    pieces: tuple[Piece, ...] = field(default=(), repr=False)
-
-    def at(self, position: float) -> Rows:
-        """States at a position between the ends, by the pair's polynomial: no further evaluation.
-
-        Raises:
-            ArgumentError: nothing was kept, or a position outside.
-        """
-        result, found = torch.zeros_like(self.y), torch.zeros_like(self.evals, dtype=torch.bool)
-        for piece in self.pieces:
-            share = (position - piece.start) / piece.length
-            inside = ((share >= 0) & (share <= 1 + 1e-12)).nonzero()[:, 0]
-            if len(inside) == 0:
-                continue
-            weights = self.pair.between(share[inside]) * piece.length[inside, None]
-            rows = piece.rows[inside]
-            result[rows] = piece.y[inside] + torch.einsum("ns,snd->nd", weights.to(self.y), piece.slopes[:, inside])
-            found[rows] = True
-        if not bool(found.all()):
-            raise ArgumentError(f"position {position:g} is outside what was kept of this solution")
-        return result
 
 
 @dataclass
@@ -160,7 +111,7 @@ def solve(
     b = len(y)
     steps, rejected = torch.zeros(2, b, dtype=torch.int64, device=y.device)
     done: list[_Active] = []
-    pieces: list[Piece] = []
+    tried: list[Tried] = []
     ahead = 1.0 if end >= start else -1.0
     active = _begin(slope, y, start, end, pair, tolerance, first)
     asked = 2 if first is None else int(first[0] is None)
@@ -172,10 +123,10 @@ def solve(
         if tries == tolerance.max_steps:
             _give_up(active, b, tolerance, f"{tolerance.max_steps:,} steps were tried", describe)
         rows = active.rows
-        active, accepted, piece = _try_step(slope, active, end, ahead, pair, tolerance, keep)
+        active, accepted, step = _try_step(slope, active, end, ahead, pair, tolerance, keep)
         steps[rows] += accepted
         rejected[rows] += ~accepted
-        pieces += [] if piece is None else [piece]
+        tried += [] if step is None else [step]
         finished = active.position == end
         if bool(finished.any()):
             done.append(active.only(finished))
@@ -185,7 +136,7 @@ def solve(
     order = torch.argsort(torch.cat([part.rows for part in done]))
     y, k, step = (torch.cat([getattr(part, name) for part in done])[order] for name in ("y", "slope", "step"))
     evals = asked + (steps + rejected) * (pair.stages - 1)
-    return Solution(y, k, step, evals, steps, rejected, pair, tuple(pieces))
+    return Solution(y, k, step, evals, steps, rejected, Track.of(tried, pair) if tried else None)
 
 
 def _begin(
@@ -225,8 +176,8 @@ def _first_step(
 
 def _try_step(
     slope: Slope, now: _Active, end: float, ahead: float, pair: Pair, tolerance: Tolerance, keep: bool
-) -> tuple[_Active, Tensor, Piece | None]:
-    """One step of every sample on its way, taken where its error allows; which were; and what is kept of them."""
+) -> tuple[_Active, Tensor, Tried | None]:
+    """One step of every sample on its way, taken where its error allows; which were; and what is kept of it."""
     left = (end - now.position).abs()
     last = now.step >= left * (1 - 1e-12)
     h = torch.where(last, left, now.step)
@@ -238,7 +189,10 @@ def _try_step(
         y = torch.addcmul(now.y, signed, _combined(row, slopes))
         slopes.append(slope(torch.add(now.position, way, alpha=c), y, now.rows))
     with torch.no_grad():
-        error = tolerance.norm(signed * _combined(pair.e, slopes), torch.maximum(now.y.abs(), y.abs()))
+        miss = signed * _combined(pair.e, slopes)
+        error = tolerance.norm(miss, torch.maximum(now.y.abs(), y.abs()))
+        if tolerance.also is not None:
+            error = torch.maximum(error, tolerance.also(now.position + way, y, slopes[-1], miss).double())
     accepted = error < 1  # not where it is NaN
     factor = (_SAFETY * error ** (-1 / pair.order)).nan_to_num(nan=_SHRINK).clamp(_SHRINK, _GROW)
     factor = torch.where(accepted, torch.where(now.rejected_last, factor.clamp(max=1), factor), factor)
@@ -246,10 +200,9 @@ def _try_step(
     # A step that was cut at the end says nothing against the longer one that was planned.
     step = torch.where(accepted & last, torch.maximum(step, now.step), step)
     position = torch.where(accepted, torch.where(last, end, now.position + way), now.position)
-    piece = None
+    tried = None
     if keep:
-        took = accepted.nonzero()[:, 0]
-        piece = Piece(now.rows[took], now.position[took], way[took], now.y[took], torch.stack(slopes)[:, took])
+        tried = Tried(now.rows, now.position, way, now.y, torch.stack(slopes), accepted)
     taken = accepted[:, None]
     moved = _Active(
         now.rows,
@@ -259,7 +212,7 @@ def _try_step(
         step,
         ~accepted,
     )
-    return moved, accepted, piece
+    return moved, accepted, tried
 
 
 def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:

@@ -72,6 +72,15 @@ class Flow:
         return torch.addcmul(cos * noise, sin, x_0, value=-1).flatten(1)
 
 
+def rise(
+    theta: Float[Tensor, " n"], y: Float[Tensor, "n d"], slope: Float[Tensor, "n d"], move: Float[Tensor, "n d"]
+) -> Float[Tensor, " n"]:
+    """What a small move of y adds to log p(y): `score . move`, the score of y being `-E[eps | x] / sin(theta)`."""
+    sin, cos = torch.sin(theta).to(y), torch.cos(theta).to(y)
+    noise = sin[:, None] * y + cos[:, None] * slope
+    return -(noise * move).sum(1) / sin
+
+
 def flow(
     field: Denoiser | Bound,
     x: Event,

@@ -59,13 +59,13 @@ _RHO = 7.0
 _CANONICAL = 1.5
 
 
-def curved_angle(scale: float = 1.0, start: float = 20.0) -> Spacing:
-    """Equal steps in `atan(sigma / (scale alpha))^(1 / p)`, `p = 1.75 + 0.75 log10(scale)`, for data of that spread.
+def curved_angle(scale: float = 1.0, start: float = 20.0, power: float | None = None) -> Spacing:
+    """Equal steps in `atan(sigma / (scale alpha))^(1 / power)`, for data of that spread.
 
-    From sigma / (scale alpha) = `start` where the path begins in alpha = 0. The exponents were chosen for `Multistep()`
-    by its error on a ring of 8 modes and 1,000 digits (scale 1) and on a small network of CIFAR-10 (scale 10).
+    From sigma / (scale alpha) = `start` where the path begins in alpha = 0. The power is 1.75 + 0.75 log10(scale)
+    where none is given, chosen for `Multistep()` by its error on a ring of 8 modes and 1,000 digits (scale 1) and on a small network of CIFAR-10 (scale 10).
     """
-    power = 1.75 + 0.75 * math.log10(scale)
+    power = 1.75 + 0.75 * math.log10(scale) if power is None else power
 
     def to(path: Path, t: Tensor) -> Tensor:
         alpha = path.alpha(t)
