@@ -52,7 +52,7 @@ class Ours:
         solver: a name or an object.
         grid: a name, a function of path and steps, or None, the solver's own.
         path: on which the exact field is given.
-        note: what tells it from another of the same solver, grid and path.
+        note: its name, where its own is long.
     """
 
     solver: Any
@@ -64,7 +64,7 @@ class Ours:
         if self.solver is None:
             return f"sample() {type(self.path).__name__}"
         grid = self.grid if isinstance(self.grid, str) else "own" if self.grid is None else self.grid.__name__
-        return f"{self.solver} {grid} {type(self.path).__name__}{self.note and ' ' + self.note}"
+        return f"{self.note or self.solver} {grid} {type(self.path).__name__}"
 
     def sample(self, case: Case, steps: int, rows: int | None = None) -> Any:
         """The record of a run of the first `rows` trajectories."""
@@ -97,7 +97,7 @@ def curved(power: float, start: float) -> Callable[[ud.Path, int], Tensor]:
 
 
 def multistep(points: int, turn: float, power: float, start: float) -> Ours:
-    name = f"{points} points, turn {turn:g}"
+    name = f"multistep {points} {turn:g}"
     return Ours(ud.Multistep(points, turn, scale=1.0), curved(power, start), ud.Linear(), name)
 
 

@@ -63,7 +63,8 @@ def curved_angle(scale: float = 1.0, start: float = 20.0, power: float | None = 
     """Equal steps in `atan(sigma / (scale alpha))^(1 / power)`, for data of that spread.
 
     From sigma / (scale alpha) = `start` where the path begins in alpha = 0. The power is 1.75 + 0.75 log10(scale)
-    where none is given, chosen for `Multistep()` by its error on a ring of 8 modes and 1,000 digits (scale 1) and on a small network of CIFAR-10 (scale 10).
+    where none is given, chosen for `Multistep()` by its error on a ring of 8 modes and 1,000 digits (scale 1) and on a
+    small network of CIFAR-10 (scale 10).
     """
     power = 1.75 + 0.75 * math.log10(scale) if power is None else power
 
