@@ -27,7 +27,7 @@ from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, weighted
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
-from undiffuse.solvers.runge_kutta import velocity_coefficients
+from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 
 TURNS = {"noise": 0.0, "data": 1.0}
 RULES: dict[str, None] = {"exact": None, "midpoint": None, "mean": None}
@@ -146,10 +146,13 @@ class Multistep(Solver):
         return self if self.scale is not None else replace(self, scale=max(1.0, 0.18 * math.sqrt(math.prod(event))))
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
-        """ "curved-angle" at the data's scale, measured for the default setting; "canonical" for other variables."""
+        """By angle "curved-angle" at the data's scale, in the path's own time as `Euler`, else "canonical"."""
+        if self.prediction == "velocity":
+            return Euler().default_grid(path, steps)
+        if self.variable != "angle":
+            return make_grid(path, steps, "canonical")
         # Where alpha = 0 many steps begin nearer to it, so that what the first one lacks vanishes with their size.
-        curved = curved_angle(self.unit, max(20.0, float(steps)))
-        return make_grid(path, steps, curved if self.variable == "angle" else "canonical")
+        return make_grid(path, steps, curved_angle(self.unit, max(20.0, float(steps))))
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         if self.scale is None:
@@ -160,7 +163,7 @@ class Multistep(Solver):
             return self._first(field, x, start, end, noise)
         denoised = field(x, t)
         level, value = start, self._value(field, x, denoised, start, t)
-        if self.corrector and past.x_next is x and self._regular(past.start, start):
+        if self.corrector and past.x_next is x and self._again(past.start):
             x = self._moved(
                 field, past.x, past.start, start, (level, *past.levels)[: self.points + 1], (value, *past.values)
             )
@@ -202,9 +205,10 @@ class Multistep(Solver):
         """N."""
         return math.cos(self.phi) * level.alpha + math.sin(self.phi) * level.sigma
 
-    def _regular(self, start: Level | None, end: Level) -> bool:
-        """Whether a step can be made anew: with the noise it cannot where it began in alpha = 0."""
-        return start is not None and (start.alpha > 0 or self.phi > 0)
+    def _again(self, start: Level | None) -> bool:
+        """Whether the last step can be made anew: not where it began in alpha = 0 and what it goes by is infinite."""
+        finite = self.phi > 0 and self.variable not in ("half-log-snr", "sigma")
+        return start is not None and (start.alpha > 0 or finite)
 
     def _moved(
         self,
