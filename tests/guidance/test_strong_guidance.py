@@ -14,7 +14,8 @@ from undiffuse.solvers import SOLVERS
 F64 = torch.float64
 SCALE, CALLS, ROWS = 7.5, 10, 32
 PATHS = {"vp": ud.VP(), "linear": ud.Linear(), "cosine": ud.Cosine(), "karras": ud.Karras()}
-NAMES = [name for name, made in SOLVERS.items() if name != "stay" and not made().stochastic]
+# Picard's iteration is no method for ten calls.
+NAMES = [name for name, made in SOLVERS.items() if name not in ("stay", "picard") and not made().stochastic]
 
 
 class ClassifierFree(ud.Denoiser):
@@ -73,11 +74,33 @@ def in_ten_calls(field: ud.Denoiser, x: torch.Tensor, name: str) -> torch.Tensor
     raise AssertionError(name)
 
 
-# How many times the largest entry of the exact samples a solver's may be, measured and a tenth more. Heun's steps in
-# sigma / alpha (`edm`, and `heun` on Karras) and RK4's two or three steps are the worst; the default is dpmpp-2m.
-REACH = {"ddim": 1.9, "dpmpp-2m": 2.5, "euler": 1.9, "midpoint": 2.8, "heun": 5.7, "rk4": 7.1, "edm": 10.0}
-# Relative error of the whole, likewise.
-ERROR = {"ddim": 0.3, "dpmpp-2m": 0.4, "euler": 0.3, "midpoint": 0.9, "heun": 4.0, "rk4": 5.5, "edm": 7.5}
+# How many times the largest entry of the exact samples a solver's may be, measured and a tenth more, and the relative
+# error of the whole. The higher the order the worse, on the narrow ring; `Multistep(2, corrector=False)`: 1.8 and 0.3.
+MEASURED = {
+    "ddim": (1.7, 0.26),
+    "euler": (1.7, 0.26),
+    "heun": (5.2, 3.64),
+    "midpoint": (2.5, 0.81),
+    "rk4": (6.4, 4.96),
+    "edm": (9.1, 6.72),
+    "dpm-1": (1.7, 0.26),
+    "dpm-2": (2.6, 0.77),
+    "dpm-3": (4.6, 2.6),
+    "dpmpp-2s": (2.2, 0.35),
+    "dpmpp-2m": (2.1, 0.31),
+    "dpmpp-3m": (3.9, 2.1),
+    "unipc-2": (2.4, 1.14),
+    "unipc-3": (4.1, 2.63),
+    "deis-2": (1.7, 0.25),
+    "deis-3": (2.0, 0.8),
+    "ipndm": (9.0, 8.5),
+    "ab2": (1.9, 0.28),
+    "ab3": (2.3, 0.7),
+    "ab4": (3.9, 1.64),
+    "abm-4": (3.9, 3.03),
+}
+# Their last step is an extrapolation, of answers that are all in range.
+EXTRAPOLATING = ("midpoint", "rk4", "ab2", "ab3", "ab4", "deis-2", "deis-3", "abm-4")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -86,8 +109,9 @@ def test_ten_calls_at_scale_7_5_do_not_run_away(law, path):
     wanted = exact(law, path)
     for name in NAMES:
         x = in_ten_calls(guided(law, PATHS[path]), start(law, PATHS[path]), name)
-        assert float(x.abs().max() / wanted.abs().max()) < REACH.get(name, 1.01), name
-        assert float((x - wanted).norm() / wanted.norm()) < ERROR.get(name, 0.01), name
+        reach, error = MEASURED.get(name, (0.92, 0.009))  # an adaptive one is right
+        assert float(x.abs().max() / wanted.abs().max()) < 1.1 * reach, name
+        assert float((x - wanted).norm() / wanted.norm()) < 1.1 * error, name
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -99,14 +123,13 @@ def test_with_a_threshold_they_stay_in_range(bound, path):
         if SOLVERS[name]().adaptive:  # a threshold has kinks: not for a control by error
             continue
         out = in_ten_calls(bound(guided("pictures", PATHS[path])), x, name)
-        # The last step of the other two is 2 D - D', between -3 and 3.
-        assert float(out.abs().max()) < (2.0 if name in ("midpoint", "rk4") else 1 + 1e-9), name
+        assert float(out.abs().max()) < (2.0 if name in EXTRAPOLATING else 1 + 1e-9), name
 
 
 def test_guidance_by_the_exact_classifier_is_the_same_field():
     """The two forms of guidance agree where both are exact, and so do samples of them."""
     law, path = LAWS["ring"][0], PATHS["vp"]
     other = ud.ClassifierGuidance(law.denoiser(path), law.classifier(path), SCALE)
-    for name in ("ddim", "dpmpp-2m", "midpoint", "rk4"):
+    for name in ("ddim", "dpmpp-2m", "abm-4"):
         a, b = (in_ten_calls(f, start("ring", path), name) for f in (guided("ring", path), other))
         assert torch.allclose(a, b, atol=1e-6)
