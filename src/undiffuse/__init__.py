@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "ParallelTempering",
-        "Picard", "Underdamped", "make_grid", "sample",
+        "Picard", "Underdamped", "compare", "make_grid", "sample",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
@@ -131,6 +131,7 @@ __all__ = [
     "bracket_log_z",
     "change_of_path",
     "colourise",
+    "compare",
     "data",
     "decode",
     "encode",
@@ -275,6 +276,7 @@ if TYPE_CHECKING:
         ParallelTempering,
         Picard,
         Underdamped,
+        compare,
         make_grid,
         sample,
     )
