@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from undiffuse.report.pictures import PALETTE
@@ -85,6 +86,7 @@ def draw(found: Comparison, advice: Recommendation, title: str) -> bytes:
 
 def _axes(ax: Axes, found: Comparison, title: str) -> None:
     ax.set(xscale="log", yscale="log", xlabel="network calls")
+    ax.xaxis.label.set_color(LIGHT["muted"])
     ax.set_title(title, loc="left", fontsize=9.5, pad=16)
     ax.text(0, 1.02, "error of the median sample, over the RMS of the truth", transform=ax.transAxes,
             color=LIGHT["muted"], fontsize=8.5)  # fmt: skip
@@ -100,26 +102,33 @@ def _axes(ax: Axes, found: Comparison, title: str) -> None:
 
 
 def _lines(ax: Axes, found: Comparison) -> list[tuple[float, str, str]]:
-    """Draws a line for each row; (error at its end, name, colour)."""
-    ends, hues = [], {}
+    """Draws a line for each row, one for rows that are the same; (error at its end, name, colour)."""
+    hues: dict[str, str] = {}
+    drawn: dict[tuple[str, ...], tuple[float, str, str]] = {}
     for solver, grid in found.rows:
-        first = solver not in hues
+        style = (0, (4, 2)) if solver in hues else "-"
         colour = hues.setdefault(solver, COLOURS[len(hues) % len(COLOURS)])
         cells = [found.cell(solver, grid, calls) for calls in found.calls]
         points = {c.nfe: c.median for c in cells if c.median is not None and c.median <= HIGHEST}
         if not points:
             continue
-        style = "-" if first else (0, (4, 2))
+        key, name = tuple(f"{nfe}: {error:.3e}" for nfe, error in points.items()), name_of(solver, grid)
+        if key in drawn:
+            drawn[key] = (drawn[key][0], f"{drawn[key][1]} = {name}", drawn[key][2])
+            continue
         ax.plot(list(points), list(points.values()), ls=style, color=colour, lw=1.6, marker="o", ms=3, zorder=3)
-        ends.append((list(points.values())[-1], name_of(solver, grid), colour))
-    return ends
+        drawn[key] = (list(points.values())[-1], name, colour)
+    return list(drawn.values())
 
 
 def _names(ax: Axes, ends: list[tuple[float, str, str]], right: int) -> None:
     """Names beside the ends of their lines, moved apart where they would touch."""
     height = ax.transData + ax.transAxes.inverted()
-    last = None
-    for error, name, colour in sorted(ends):
-        wanted = float(height.transform((right, error))[1])
-        last = wanted if last is None else max(wanted, last + APART)
-        ax.annotate(name, (1.02, last), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
+    ends = sorted(ends)
+    places = [float(height.transform((right, error))[1]) for error, _, _ in ends]
+    for _ in range(400):
+        for i, (low, high) in enumerate(pairwise(places)):
+            push = max(0.0, APART - (high - low)) / 2
+            places[i], places[i + 1] = low - push, places[i + 1] + push
+    for place, (_, name, colour) in zip(places, ends):
+        ax.annotate(name, (1.02, place), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
