@@ -68,8 +68,10 @@ def test_the_recommended_command_samples_so(run, command):
 
 
 def test_the_label_is_that_of_all(run, command):
-    made = [command("compare", run, *FEW, "--json", *label).json() for label in ((), ("--label", 7), ("--label", 7))]
-    assert made[1]["cells"] == made[2]["cells"] != made[0]["cells"]
+    made = [command("compare", run, *FEW, "--json", *label) for label in ((), ("--label", 7), ("--label", 7))]
+    assert not any(result.exit_code for result in made), [result.stderr for result in made]
+    cells = [result.json()["cells"] for result in made]
+    assert cells[1] == cells[2] != cells[0]
 
 
 @pytest.mark.parametrize(
