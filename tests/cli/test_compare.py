@@ -16,7 +16,8 @@ FEW = ["--solvers", "abm-4,heun", "--calls", "3,6", "--n", 4]
 
 
 @pytest.fixture
-def run(image_run, tmp_path):
+def run(image_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("undiffuse.solvers.comparing.CHECK_STEPS", 20)  # of the truth's check, which is not looked at
     folder = tmp_path / "run"
     shutil.copytree(image_run.folder, folder)
     return folder
@@ -68,10 +69,10 @@ def test_the_recommended_command_samples_so(run, command):
 
 
 def test_the_label_is_that_of_all(run, command):
-    made = [command("compare", run, *FEW, "--json", *label) for label in ((), ("--label", 7), ("--label", 7))]
+    made = [command("compare", run, *FEW, "--json", *label) for label in ((), ("--label", 7))]
     assert not any(result.exit_code for result in made), [result.stderr for result in made]
     cells = [result.json()["cells"] for result in made]
-    assert cells[1] == cells[2] != cells[0]
+    assert cells[0] != cells[1]
 
 
 @pytest.mark.parametrize(
