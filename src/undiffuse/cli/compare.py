@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def compare(
     run: options.RunName,
     solvers: Annotated[
-        str | None, typer.Option(help="Solvers by comma, such as abm-4,heun. Default: some, and the recipe's.")
+        str | None, typer.Option(help="Solvers by comma, such as abm-4,heun. Default: nine choices of solver and grid.")
     ] = None,
     grids: Annotated[
         str | None, typer.Option(help="Grids by comma, each with every solver; own is the solver's. Default: own.")
