@@ -29,7 +29,12 @@ def test_the_guide_s_programs_run(program):
     exec(compile(program, "docs/guide.md", "exec"), {"__name__": "guide"})
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/guide.md", "docs/book_map.md"])
+def test_the_solver_of_the_page_on_solvers_runs():
+    (program,) = blocks("docs/solvers.md")
+    exec(compile(program, "docs/solvers.md", "exec"), {"__name__": "solvers"})
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/guide.md", "docs/solvers.md", "docs/book_map.md"])
 def test_links_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / file).read_text(encoding="utf-8")):
         assert ((ROOT / file).parent / target).exists(), target

@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "Multistep",
-        "ParallelTempering", "Picard", "Singlestep", "Underdamped", "make_grid", "sample",
+        "ParallelTempering", "Picard", "Singlestep", "Underdamped", "compare", "make_grid", "sample",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
@@ -133,6 +133,7 @@ __all__ = [
     "bracket_log_z",
     "change_of_path",
     "colourise",
+    "compare",
     "data",
     "decode",
     "encode",
@@ -279,6 +280,7 @@ if TYPE_CHECKING:
         Picard,
         Singlestep,
         Underdamped,
+        compare,
         make_grid,
         sample,
     )

@@ -37,7 +37,7 @@ def test_help_and_listing_are_quick_because_they_load_nothing_heavy():
         assert done.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "report", "recipes", "demo"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "compare", "report", "recipes", "demo"])
 def test_every_help_shows_examples_that_parse(command, name):
     text = command(name, "--help").stdout
     examples = re.findall(rf"^ +undiffuse {name}(.*)$", text, re.MULTILINE)

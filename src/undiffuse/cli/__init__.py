@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from undiffuse.cli import console
+from undiffuse.cli.compare import compare
 from undiffuse.cli.demo import demo
 from undiffuse.cli.edit import edit
 from undiffuse.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ Examples:
   undiffuse edit digits inpaint 7.png --box 2,2,6,6 --label 7
   undiffuse evaluate digits                   figures with their protocol
   undiffuse likelihood digits                 bits per dimension of held-out data
+  undiffuse compare digits                    which solver, in how many calls
   undiffuse report digits                     one HTML page
   torchrun --nproc-per-node 2 -m undiffuse.cli train digits
 """
@@ -61,7 +63,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, edit, evaluate, likelihood, report, recipes, demo):
+for command in (train, sample, edit, evaluate, likelihood, compare, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 

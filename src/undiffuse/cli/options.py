@@ -45,7 +45,9 @@ ThresholdName = Annotated[
     typer.Option(help="Keep x_0 in its range: dynamic:quantile=0.995, clip, or none. Default: the recipe's."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
-GridName = Annotated[str | None, typer.Option(help="Grid of times. Default: the recipe's, else the solver's.")]
+GridName = Annotated[
+    str | None, typer.Option(help="Grid of times, or own, the solver's. Default: the recipe's, else the solver's.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
 Classifier = Annotated[
     str | None,

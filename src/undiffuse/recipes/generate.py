@@ -17,7 +17,7 @@ from undiffuse.recipes import build
 from undiffuse.recipes.correctors import NONE, corrector, said
 from undiffuse.recipes.schema import FactsSection, SamplingSection
 from undiffuse.recipes.thresholds import bounded
-from undiffuse.solvers import GRIDS, sample
+from undiffuse.solvers import GRIDS, OWN, sample
 from undiffuse.training.precision import autocast
 
 
@@ -116,13 +116,15 @@ class Sampler(BySeed):
     @classmethod
     def of(cls, denoiser: Denoiser, facts: FactsSection, section: SamplingSection, **changes: Any) -> Sampler:
         """As a recipe's `sampling` says, but for `changes`; a change that is None is none, a corrector or threshold
-        "none" takes its away."""
+        "none" takes its away, and so does the grid "own", the solver's."""
         keys = ("solver", "steps", "grid", "batch", "precision", "corrector", "denoise", "threshold")
         values = {key: getattr(section, key) for key in keys}
         values |= {key: value for key, value in changes.items() if value is not None}
         for key in ("corrector", "threshold"):
             if values[key] is not None and values[key]["name"] == NONE:
                 values[key] = None
+        if values["grid"] == OWN:
+            values["grid"] = None
         return cls(denoiser, facts, **values)
 
     @property

@@ -3,6 +3,8 @@
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales, weighted_sum
+from undiffuse.solvers.comparing import OWN, compare
+from undiffuse.solvers.comparison import Cell, Comparison, Recommendation
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM
@@ -32,6 +34,7 @@ __all__ = [
     "HMC",
     "KERNELS",
     "MALA",
+    "OWN",
     "RK4",
     "SOLVERS",
     "SRK",
@@ -40,7 +43,9 @@ __all__ = [
     "AnnealedLangevin",
     "BlockGibbs",
     "Bound",
+    "Cell",
     "Chains",
+    "Comparison",
     "CompiledEnergy",
     "Corrector",
     "DPMpp2M",
@@ -55,6 +60,7 @@ __all__ = [
     "Multistep",
     "ParallelTempering",
     "Picard",
+    "Recommendation",
     "ReverseDiffusion",
     "RungeKutta",
     "Sample",
@@ -67,6 +73,7 @@ __all__ = [
     "Underdamped",
     "check_grid",
     "combine",
+    "compare",
     "get_corrector",
     "get_solver",
     "integrate",
