@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "ParallelTempering",
-        "Picard", "Underdamped", "make_grid", "sample",
+        "Picard", "Tuned", "Underdamped", "make_grid", "sample", "tune",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
@@ -122,6 +122,7 @@ __all__ = [
     "Tabulated",
     "TemperedEnergy",
     "Trig",
+    "Tuned",
     "Underdamped",
     "UndiffuseError",
     "__version__",
@@ -162,6 +163,7 @@ __all__ = [
     "solvers",
     "super_resolve",
     "train",
+    "tune",
 ]
 
 
@@ -274,7 +276,9 @@ if TYPE_CHECKING:
         LangevinCorrector,
         ParallelTempering,
         Picard,
+        Tuned,
         Underdamped,
         make_grid,
         sample,
+        tune,
     )
