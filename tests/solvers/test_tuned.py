@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -208,7 +209,7 @@ def test_descent_finds_the_valley_of_rosenbrock_and_survives_cliffs():
     found = list(descend(slope, torch.tensor([-1.2, 1.0], dtype=F64)))
     assert len(found) < 80
     assert torch.allclose(found[-1][0], torch.ones(2, dtype=F64), atol=1e-6)
-    assert all(a[1] > b[1] for a, b in zip(found, found[1:]))
+    assert all(a[1] > b[1] for a, b in itertools.pairwise(found))
 
 
 def test_an_empirical_law_can_be_differentiated_by_time():

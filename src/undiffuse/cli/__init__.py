@@ -17,6 +17,7 @@ from undiffuse.cli.recipes import recipes
 from undiffuse.cli.report import report
 from undiffuse.cli.sample import sample
 from undiffuse.cli.train import train
+from undiffuse.cli.tune import tune
 
 HELP = """Diffusion models: train, sample, evaluate, report.
 
@@ -28,6 +29,7 @@ Examples:
   undiffuse edit digits inpaint 7.png --box 2,2,6,6 --label 7
   undiffuse evaluate digits                   figures with their protocol
   undiffuse likelihood digits                 bits per dimension of held-out data
+  undiffuse tune digits --calls 8             a solver of 8 calls, fitted to the run
   undiffuse report digits                     one HTML page
   torchrun --nproc-per-node 2 -m undiffuse.cli train digits
 """
@@ -61,7 +63,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, edit, evaluate, likelihood, report, recipes, demo):
+for command in (train, sample, edit, evaluate, likelihood, tune, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 
