@@ -7,7 +7,7 @@ this library, on a grid, asks at angles psi_i about
 
 y its start, and ends in u_n. Nothing says that a step goes on from the one before it, or that the sum lies at the
 level at which it is asked about: such solvers are non-stationary (Shaul et al. 2024, "Bespoke Non-Stationary
-Solvers", eq. 12, there with the velocity). `tune` fits the numbers to a model.
+Solvers", there with the velocity). `tune` fits the numbers to a model.
 """
 
 from __future__ import annotations
