@@ -16,6 +16,7 @@ from undiffuse.oracles import Empirical, GaussianMixture
 from undiffuse.paths import VP, Karras, Linear
 from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample, tune
 from undiffuse.solvers.descent import descend
+from undiffuse.solvers.tuning import _times
 from worlds import PATHS
 
 LINEAR = ["abm-4", "ddim", "heun", "dpmpp-2s", "unipc-3", "ab3"]
@@ -220,3 +221,11 @@ def test_an_empirical_law_can_be_differentiated_by_time():
     slope = torch.autograd.grad(means(angle), angle)[0]
     around = (means(angle.detach() + 1e-5) - means(angle.detach() - 1e-5)) / 2e-5
     assert slope == pytest.approx(float(around), rel=1e-6)
+
+
+@pytest.mark.parametrize("path", ["vp", "linear", "karras", "cosine"])
+def test_times_have_the_derivative_of_the_inverse_of_the_angle(path):
+    path, angles = PATHS[path], torch.tensor([1.3, 0.6, 0.2], dtype=F64, requires_grad=True)
+    slope = torch.autograd.grad(_times(path, angles).sum(), angles)[0]
+    around = (path.time_of_angle(angles.detach() + 1e-6) - path.time_of_angle(angles.detach() - 1e-6)) / 2e-6
+    assert torch.allclose(slope, around, rtol=1e-6)
