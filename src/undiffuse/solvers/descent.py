@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +16,8 @@ Slope = Callable[[Point], tuple[float, Point]]
 # Armijo's condition, and how much shorter the next step tried is.
 _ENOUGH, _SHORTER = 1e-4, 0.4
 _TRIES = 20
+# Directions that hardly vary, relative to the mean square: not to be leaned on.
+_FAINT = 1e-6
 
 
 def descend(slope: Slope, z: Point, first: float = 0.05, longest: float = 0.5, memory: int = 60) -> Iterator:
@@ -78,3 +81,10 @@ def _shortened(slope: Slope, z: Point, value: float, step: Point, fall: float) -
             return there, now, gradient
         length *= _SHORTER
     return None
+
+
+def whitening(gram: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """T with `T^T gram T` = 1, but for directions that are faint."""
+    faint = _FAINT * gram.trace() / len(gram)
+    lower = torch.linalg.cholesky(gram + faint * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.linalg.inv(lower).T

@@ -109,7 +109,7 @@ def sample(
             stay at their last finite state).
     """
     chosen = _chosen(solver)
-    steps = steps if steps is not None else getattr(chosen, "made_for", None) or _USUAL
+    steps = steps if steps is not None else _steps_of(chosen)
     sizes = _sizes(shape, noise)
     device, dtype = _placement(field, noise, device, dtype)
     cond = placed(cond, sizes[0], device)
@@ -183,6 +183,12 @@ def _chosen(solver: str | Solver | Kernel) -> Solver | Kernel:
         return made()
     except TypeError as error:
         raise ArgumentError(f"'{solver}' has no default settings: give the object, {made.__name__}(...)") from error
+
+
+def _steps_of(chosen: Solver | Kernel) -> int:
+    """Where nothing is said of them."""
+    own = chosen.made_for if isinstance(chosen, Solver) else None
+    return _USUAL if own is None else own
 
 
 def _run_chains(

@@ -17,7 +17,7 @@ from undiffuse.core.shapes import pad_to
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver, rows_of
-from undiffuse.solvers.descent import descend
+from undiffuse.solvers.descent import descend, whitening
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.integrate import get_solver
 from undiffuse.solvers.sampling import placed, sample
@@ -27,8 +27,6 @@ LEAST = 32
 # Angles are moved in their square root, where grids of few steps are nearly equal; so much of the whole, at least, lies
 # between two of them at the beginning.
 _POWER, _APART = 0.5, 1e-3
-# Directions in which what was known at a call hardly varies, relative to the mean square: not to be leaned on.
-_FAINT = 1e-6
 # Below so much of the start's median error an error counts as none.
 _FLOOR = 0.01
 # Held-out error is looked at after so many steps, and must fall by this much within so many looks.
@@ -191,7 +189,7 @@ class _Form:
         if not bool(torch.isfinite(flat).all()):
             raise SamplingError("the run that tuning starts from is not finite: check the weights and the condition")
         gram = flat @ flat.T / flat.shape[1]
-        self.turns = [_whitening(gram[:k, :k]) for k in self.counts]
+        self.turns = [whitening(gram[:k, :k]) for k in self.counts]
 
     def __call__(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Angles (n,), and weights row by row."""
@@ -205,13 +203,6 @@ class _Form:
         table = self.table
         weights = tuple(tuple(row.tolist()) for row in rows)
         return Tuned(tuple(angles.tolist()), weights, table.profile, table.path, table.event, prediction)
-
-
-def _whitening(gram: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
-    """T with `T^T gram T` = 1, but for directions that are faint."""
-    faint = _FAINT * gram.trace() / len(gram)
-    lower = torch.linalg.cholesky(gram + faint * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.linalg.inv(lower).T
 
 
 def run(
