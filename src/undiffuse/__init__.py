@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "Multistep",
-        "ParallelTempering", "Picard", "Singlestep", "Underdamped", "compare", "make_grid", "sample",
+        "ParallelTempering", "Picard", "Singlestep", "Tuned", "Underdamped", "compare", "make_grid", "sample", "tune",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",
@@ -124,6 +124,7 @@ __all__ = [
     "Tabulated",
     "TemperedEnergy",
     "Trig",
+    "Tuned",
     "Underdamped",
     "UndiffuseError",
     "__version__",
@@ -165,6 +166,7 @@ __all__ = [
     "solvers",
     "super_resolve",
     "train",
+    "tune",
 ]
 
 
@@ -279,8 +281,10 @@ if TYPE_CHECKING:
         ParallelTempering,
         Picard,
         Singlestep,
+        Tuned,
         Underdamped,
         compare,
         make_grid,
         sample,
+        tune,
     )

@@ -18,6 +18,7 @@ from undiffuse.cli.recipes import recipes
 from undiffuse.cli.report import report
 from undiffuse.cli.sample import sample
 from undiffuse.cli.train import train
+from undiffuse.cli.tune import tune
 
 HELP = """Diffusion models: train, sample, evaluate, report.
 
@@ -30,6 +31,7 @@ Examples:
   undiffuse evaluate digits                   figures with their protocol
   undiffuse likelihood digits                 bits per dimension of held-out data
   undiffuse compare digits                    which solver, in how many calls
+  undiffuse tune digits --calls 8             a solver of 8 calls, fitted to the run
   undiffuse report digits                     one HTML page
   torchrun --nproc-per-node 2 -m undiffuse.cli train digits
 """
@@ -63,7 +65,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, edit, evaluate, likelihood, compare, report, recipes, demo):
+for command in (train, sample, edit, evaluate, likelihood, compare, tune, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 

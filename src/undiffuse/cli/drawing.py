@@ -20,12 +20,14 @@ from undiffuse.cli.options import parse_corrector, parse_solver, parse_threshold
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
 from undiffuse.core.errors import ArgumentError
 from undiffuse.guidance import ClassifierGuidance
+from undiffuse.recipes import build
 from undiffuse.recipes.chains import SAMPLERS, EnergySampler, sampler_of
 from undiffuse.recipes.correctors import overlaid, said
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
 from undiffuse.recipes.schema import SamplingSection
+from undiffuse.solvers import Tuned
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -96,9 +98,13 @@ class Model:
         guide = None
         if how.guide is not None and other is not None:
             model, guide = _guided(model, other, how.guide.scale, how.device)
+        chosen = parse_solver(how.solver, settings, run.folder)
+        table = build.solver(chosen) if chosen is not None and chosen["name"] == "tuned" else None
+        if isinstance(table, Tuned):
+            note = _fits(table, how, seal_of(saved), ema) or note
         given = {
-            "solver": parse_solver(how.solver, settings),
-            "steps": how.steps,
+            "solver": chosen,
+            "steps": table.made_for if table is not None and how.steps is None else how.steps,
             "grid": how.grid,
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
@@ -152,6 +158,20 @@ class Model:
         key = hashlib.sha256(json.dumps([self.settings(), text, kind]).encode()).hexdigest()[:8]
         short = text if len(text) <= 24 else f"{len(seeds)}-seeds"
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
+
+
+def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
+    """What is to be said of a tuned solver's use with other weights.
+
+    Raises:
+        ArgumentError: a grid with a solver that has its own.
+    """
+    if how.grid is not None:
+        raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
+    if table.about.get("weights") in (None, seal) and table.about.get("ema") in (None, ema):
+        return None
+    made = f"step {table.about.get('step')}, weights {table.about.get('ema')}"
+    return f"{how.solver} was fitted to other weights ({made}): tune it again for what it can do with these"
 
 
 def _wanted(

@@ -10,6 +10,8 @@ import typer
 from undiffuse.core.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from undiffuse.recipes.schema import Settings
@@ -30,8 +32,8 @@ Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step
 SolverName = Annotated[
     str | None,
     typer.Option(
-        help="Solver, for example heun or edm:S_churn=40; of an energy, a kernel. Default: the recipe's. Another than "
-        "that comes without the recipe's corrector."
+        help="Solver, for example heun or edm:S_churn=40, or tuned-8 of `undiffuse tune`; of an energy, a kernel. "
+        "Default: the recipe's. Another than that comes without the recipe's corrector."
     ),
 ]
 CorrectorName = Annotated[
@@ -93,17 +95,24 @@ def write_seeds(seeds: np.ndarray) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in parts)
 
 
-def parse_solver(text: str | None, settings: Settings) -> dict | None:
+def parse_solver(text: str | None, settings: Settings, folder: Path | None = None) -> dict | None:
     """`"edm:S_churn=40,S_noise=1.003"` as a choice of solver for a run of that recipe (of an energy: of kernel).
 
+    `folder` is the run's, where "tuned-8" is looked for.
+
     Raises:
-        RecipeError: unknown solver or argument.
+        RecipeError: unknown solver or argument. ArgumentError: a tuned solver that the run does not have.
     """
     if text is None:
         return None
     from undiffuse.recipes.build import resolve_solver
 
-    return resolve_solver(settings, _choice(text, "--solver", "edm:S_churn=40,S_noise=1.003"), "--solver")
+    choice = _choice(text, "--solver", "edm:S_churn=40,S_noise=1.003")
+    if folder is not None and settings.kind == "denoiser":
+        from undiffuse.recipes.tuned import in_folder
+
+        choice = in_folder(choice, folder)
+    return resolve_solver(settings, choice, "--solver")
 
 
 def parse_corrector(text: str | None) -> dict | None:

@@ -115,7 +115,8 @@ class Empirical(Law):
         One pass: what was summed under an older minimum is rescaled when a smaller one turns up.
         """
         sharpness = _sharpness(variance)
-        least = x.new_full((len(x), 1), torch.inf)
+        # Finite, not infinity: its derivative by the sharpness, 0 times this, is 0.
+        least = x.new_full((len(x), 1), torch.finfo(x.dtype).max)
         total, mean = x.new_zeros(len(x), 1), torch.zeros_like(x)
         for energy, rows in self._energies(data, x, alpha):
             lower = torch.minimum(least, energy.min(1, keepdim=True).values)

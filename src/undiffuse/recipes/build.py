@@ -26,6 +26,7 @@ from undiffuse.recipes.paths import check_path, path
 from undiffuse.recipes.schema import FactsSection, ObjectiveSection, Settings
 from undiffuse.recipes.tables import known, make, resolve
 from undiffuse.recipes.thresholds import check_thresholds
+from undiffuse.recipes.tuned import TABLE as ALL_SOLVERS
 from undiffuse.solvers import GRIDS, SOLVERS, Solver
 from undiffuse.training import TrainConfig
 
@@ -184,14 +185,14 @@ def train_config(settings: Settings) -> TrainConfig:
 
 def solver(choice: Mapping[str, Any]) -> Solver:
     """A solver."""
-    return make(SOLVERS, choice, "solver", "sampling.solver")
+    return make(ALL_SOLVERS, choice, "solver", "sampling.solver")
 
 
 def resolve_solver(settings: Settings, choice: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A choice of solver (for an energy, of kernel), checked, every default written out."""
     if settings.kind == "energy":
         return energies.resolve_deep(energies.KERNELS, dict(choice), "kernel", where)
-    return resolve(SOLVERS, choice, "solver", where)
+    return resolve(ALL_SOLVERS, choice, "solver", where)
 
 
 def net_arguments(settings: Settings, said: FactsSection) -> dict[str, Any]:

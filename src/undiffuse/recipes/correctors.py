@@ -8,7 +8,8 @@ from typing import Any
 from undiffuse.core.errors import RecipeError
 from undiffuse.recipes.schema import SamplingSection
 from undiffuse.recipes.tables import make, resolve
-from undiffuse.solvers import CORRECTORS, SOLVERS, Corrector
+from undiffuse.recipes.tuned import TABLE as ALL_SOLVERS
+from undiffuse.solvers import CORRECTORS, Corrector
 
 NONE = "none"
 
@@ -54,7 +55,7 @@ def overlaid(section: SamplingSection, *layers: Mapping[str, Any]) -> dict[str, 
 
 
 def _predicts(solver: Mapping[str, Any]) -> bool:
-    return make(SOLVERS, solver, "solver", "sampling.solver").evals_per_step > 0
+    return make(ALL_SOLVERS, solver, "solver", "sampling.solver").evals_per_step > 0
 
 
 def check_correctors(tree: dict[str, Any]) -> None:

@@ -125,6 +125,8 @@ class Sampler(BySeed):
                 values[key] = None
         if values["grid"] == OWN:
             values["grid"] = None
+        if (calls := build.solver(values["solver"]).made_for) is not None:  # it has steps and times of its own
+            values |= {"grid": None, "steps": calls if changes.get("steps") is None else changes["steps"]}
         return cls(denoiser, facts, **values)
 
     @property
@@ -156,7 +158,7 @@ class Sampler(BySeed):
     def nfe(self) -> int:
         """Network calls per sample, counted on a field that costs nothing."""
         options = {**self.options(), "device": "cpu"}
-        info: Any = sample(_Nothing(self.denoiser.path), (1, 1), seed=0, return_info=True, **options)
+        info: Any = sample(_Nothing(self.denoiser.path), (1, *self.facts.shape), seed=0, return_info=True, **options)
         return info.nfe
 
     def options(self) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.singlestep import Singlestep
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.tempering import ParallelTempering
+from undiffuse.solvers.tuned import Tuned, linear_table
+from undiffuse.solvers.tuning import tune
 
 __all__ = [
     "CORRECTORS",
@@ -70,6 +72,7 @@ __all__ = [
     "Step",
     "StochasticHeun",
     "StreamNoise",
+    "Tuned",
     "Underdamped",
     "check_grid",
     "combine",
@@ -78,9 +81,11 @@ __all__ = [
     "get_solver",
     "integrate",
     "langevin_step",
+    "linear_table",
     "make_grid",
     "rates",
     "sample",
     "scales",
+    "tune",
     "weighted_sum",
 ]

@@ -45,6 +45,7 @@ class Solver(ABC):
         adaptive: whether a step makes evaluations as it needs them, for each sample its own number.
         at_once: whether a grid is solved as a whole, by `run`, not step after step. Nothing can be corrected between
             the steps then.
+        made_for: the only number of steps that it has; None: any.
     """
 
     order: ClassVar[float]
@@ -52,6 +53,7 @@ class Solver(ABC):
     stochastic: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
+    made_for: ClassVar[int | None] = None
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """The times used where the caller gives none: `make_grid(path, steps, "canonical")`.

@@ -20,6 +20,9 @@ from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_corrector,
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.markov import Kernel
 
+# Steps where nothing is said of them.
+_USUAL = 20
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -59,7 +62,7 @@ def sample(
     *,
     noise: Tensor | None = None,
     solver: str | Solver | Kernel = "abm-4",
-    steps: int = 20,
+    steps: int | None = None,
     grid: str | Tensor | None = None,
     cond: Cond = None,
     seed: int | Sequence[int] | Tensor | Streams | None = None,
@@ -85,7 +88,7 @@ def sample(
         shape: (B, *event). Not needed where `noise` is given.
         noise: the starting x itself (not a standard normal), at the grid's first time.
         solver: a name of `SOLVERS` or `KERNELS`, a `Solver`, or a `Kernel`.
-        steps: solver steps. A grid tensor has its own count.
+        steps: solver steps; None: 20, or the number that the solver was made for. A grid tensor has its own count.
         grid: a name of `GRIDS`, times strictly decreasing on the path, or None: the solver's
             own choice, `Solver.default_grid`.
         cond: passed to every call of the field.
@@ -106,6 +109,7 @@ def sample(
             stay at their last finite state).
     """
     chosen = _chosen(solver)
+    steps = steps if steps is not None else _steps_of(chosen)
     sizes = _sizes(shape, noise)
     device, dtype = _placement(field, noise, device, dtype)
     cond = placed(cond, sizes[0], device)
@@ -179,6 +183,12 @@ def _chosen(solver: str | Solver | Kernel) -> Solver | Kernel:
         return made()
     except TypeError as error:
         raise ArgumentError(f"'{solver}' has no default settings: give the object, {made.__name__}(...)") from error
+
+
+def _steps_of(chosen: Solver | Kernel) -> int:
+    """Where nothing is said of them."""
+    own = chosen.made_for if isinstance(chosen, Solver) else None
+    return _USUAL if own is None else own
 
 
 def _run_chains(

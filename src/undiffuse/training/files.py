@@ -19,17 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from undiffuse.core.errors import RunError
+from undiffuse.core.files import TEMPORARY, replace_file, sync, temporary_name, write_bytes
 
-_TEMPORARY = ".tmp-"
-
-
-def sync(path: Path) -> None:
-    """Have the operating system put a file or a directory on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+__all__ = [
+    "clean",
+    "digest",
+    "disk_errors",
+    "new_directory",
+    "remove",
+    "replace_file",
+    "sync",
+    "temporary_name",
+    "write_bytes",
+    "write_tensors",
+]
 
 
 def digest(path: Path) -> str:
@@ -38,14 +41,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def temporary_name(path: Path) -> Path:
-    """What a file or folder is called until it is whole; it lies beside it."""
-    return path.with_name(f"{_TEMPORARY}{path.name}")
-
-
 def remove(path: Path) -> None:
     """Delete a directory so that a stop half-way leaves nothing that looks valid."""
-    hidden = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    hidden = path.with_name(f"{TEMPORARY}old-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)
     sync(path.parent)
@@ -54,7 +52,7 @@ def remove(path: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Delete what interrupted writes and deletions left in `folder`."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -78,26 +76,6 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(target.parent)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content: at every moment it has the old or the new."""
-    temporary = temporary_name(path)
-    try:
-        write_bytes(temporary, content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and sync it."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,54 @@
+"""The file of a solver's table: safetensors, with a checksum of the numbers, so that an altered one is told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undiffuse.core.errors import CheckpointError
+
+_FORMAT = "undiffuse-solver-1"
+
+
+def packed(tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> bytes:
+    """The content of a file: tensors, and words that JSON can hold."""
+    from safetensors.torch import save
+
+    text = json.dumps(words)
+    return save(dict(tensors), {"format": _FORMAT, "words": text, "sha256": _seal(tensors, text)})
+
+
+def unpacked(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `packed` was given.
+
+    Raises:
+        CheckpointError: no such file, another kind of file, or one that was altered or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file}: make one with ud.tune(...).save(file), or: undiffuse tune RUN")
+    try:
+        with safe_open(str(file), "pt") as content:
+            said = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read, it is cut short or no safetensors: {error}") from error
+    if said.get("format") != _FORMAT:
+        raise CheckpointError(f"{file} holds no tuned solver (format {said.get('format')!r}, expected {_FORMAT!r})")
+    if said.get("sha256") != _seal(tensors, said.get("words", "")):
+        raise CheckpointError(f"{file} has been altered: its numbers are not those that were written. Tune it again")
+    return tensors, json.loads(said["words"])
+
+
+def _seal(tensors: Mapping[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].to(torch.float64).contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,231 @@
+"""Solvers as tables: what they reproduce, what fitting them gains, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from solvers.measuring import F64, mixture, numbers
+from undiffuse.core.errors import ArgumentError, CheckpointError
+from undiffuse.fields import Denoiser, NetworkDenoiser
+from undiffuse.oracles import Empirical, GaussianMixture
+from undiffuse.paths import VP, Karras, Linear
+from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample, tune
+from undiffuse.solvers.descent import descend
+from undiffuse.solvers.tuning import _times
+from worlds import PATHS
+
+LINEAR = ["abm-4", "ddim", "heun", "dpmpp-2s", "unipc-3", "ab3"]
+
+
+def ring() -> GaussianMixture:
+    angle = 2 * math.pi * torch.arange(8, dtype=F64) / 8
+    return GaussianMixture(1.4 * torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.1, dtype=F64))
+
+
+@pytest.fixture(scope="module")
+def tuned() -> Tuned:
+    return tune(ring().denoiser(Linear()), (2,), 5, n=256, seed=1, most_steps=60)
+
+
+@pytest.mark.parametrize("path", ["vp", "linear", "karras", "ve"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_table_runs_as_the_solver_that_it_was_made_of(name, path):
+    path, denoiser = PATHS[path], mixture().denoiser(PATHS[path])
+    noise = path.prior_std * numbers(6, 2)
+    wanted = sample(denoiser, noise=noise, solver=name, steps=6, return_info=True)
+    table = linear_table(get_solver(name), path, 6, (2,))
+    found = sample(denoiser, noise=noise, solver=table, return_info=True)
+    assert found.nfe == wanted.nfe == table.calls
+    assert torch.allclose(found.x, wanted.x, rtol=0, atol=1e-11 * path.prior_std)
+    assert torch.equal(found.trajectory[-1], found.x)
+    assert len(found.trajectory) == len(found.grid) == table.calls + 1
+
+
+def test_one_weight_a_hundredth_off_is_seen():
+    path, noise = Linear(), numbers(6, 2)
+    denoiser, table = mixture().denoiser(path), linear_table(Multistep(), path, 5, (2,))
+    wanted = sample(denoiser, noise=noise, solver=table)
+    for i, row in enumerate(table.weights):
+        for j in range(len(row)):
+            if (i, j) == (0, 0) or abs(row[j]) < 1e-3:  # the first question is asked where all is noise
+                continue
+            off = tuple(
+                w * (1 + 0.01 * ((i, j) == (k, m))) for k, r in enumerate(table.weights) for m, w in enumerate(r)
+            )
+            rows = tuple(off[k * (k + 1) // 2 : (k + 1) * (k + 2) // 2] for k in range(len(table.weights)))
+            assert (sample(denoiser, noise=noise, solver=replace(table, weights=rows)) - wanted).abs().max() > 1e-7
+
+
+def test_tuning_lowers_the_error_on_noise_of_another_seed(tuned):
+    denoiser = ring().denoiser(Linear())
+    noise = numbers(256, 2)
+    truth = sample(denoiser, noise=noise, solver="abm-4", steps=100)
+    before, after = ((sample(denoiser, noise=noise, solver=s, steps=5) - truth).norm(dim=1) for s in ("abm-4", tuned))
+    assert after.median() < 0.12 * before.median()
+    assert after.square().mean() < 0.6**2 * before.square().mean()
+    about = tuned.about
+    assert about["after"]["median"] < 0.12 * about["before"]["median"]
+
+
+def test_it_is_the_same_again(tuned):
+    assert tune(ring().denoiser(Linear()), (2,), 5, n=256, seed=1, most_steps=60) == tuned
+
+
+def test_what_is_said_of_the_errors_is_so(tuned):
+    """The last quarter of the noises, measured by hand."""
+    from undiffuse.core.random import Streams
+
+    denoiser = ring().denoiser(Linear())
+    noise = Streams.of(1, 256).normal((256, 2), dtype=F64)[192:]
+    truth = sample(denoiser, noise=noise, solver="abm-4", steps=100)
+    for solver, key in (("abm-4", "before"), (tuned, "after")):
+        gap = (sample(denoiser, noise=noise, solver=solver, steps=5) - truth).square().sum(1)
+        length = truth.square().sum(1).mean()
+        # The fit begins from angles that are kept apart: nearly, not quite, those of abm-4.
+        assert tuned.about[key]["rms"] == pytest.approx(float((gap.mean() / length).sqrt()), rel=0.05)
+
+
+@pytest.mark.parametrize("path", [VP(), Karras()])
+def test_other_paths_gain_too(path):
+    made = tune(mixture().denoiser(path), (2,), 6, n=128, most_steps=40).about
+    assert made["after"]["median"] < 0.5 * made["before"]["median"]
+
+
+def test_a_network_is_fitted_and_left_as_it_was():
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, x, label, cond=None):
+            return torch.tanh(self.layer(torch.cat([x, label[:, None]], 1)))
+
+    denoiser = NetworkDenoiser(Net(), Linear(), prediction="velocity").train()
+    before = [p.clone() for p in denoiser.parameters()]
+    made = tune(denoiser, (2,), 4, n=64, most_steps=20, batch=20)
+    assert made.prediction == "velocity"
+    assert made.about["after"]["median"] < 0.7 * made.about["before"]["median"]
+    assert denoiser.training
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, denoiser.parameters()))
+    with pytest.raises(ArgumentError, match="predicts 'velocity', not 'data'"):
+        sample(NetworkDenoiser(Net(), Linear(), prediction="data"), (2, 2), solver=made)
+
+
+def test_conditions_stay_with_their_noises():
+    """A model whose classes are far apart can only be tuned where each trajectory keeps its class."""
+
+    class Classes(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            assert cond is not None
+            return torch.tanh(x_t) + 5.0 * cond[:, None].to(x_t)
+
+    labels = torch.arange(64) % 3
+    made = tune(Classes(Linear()), (2,), 4, n=64, cond=labels, most_steps=20, batch=10)
+    assert made.about["before"]["median"] < 0.05
+    assert made.about["after"]["median"] < made.about["before"]["median"]
+
+
+def test_a_file_brings_back_the_same_samples(tuned, tmp_path):
+    again = Tuned.load(tuned.save(tmp_path / "solvers" / "tuned-5.safetensors"))
+    assert again == tuned
+    assert again.about == tuned.about
+    assert [file.name for file in (tmp_path / "solvers").iterdir()] == ["tuned-5.safetensors"]
+    denoiser = ring().denoiser(Linear())
+    assert torch.equal(*(sample(denoiser, (9, 2), solver=s, seed=3) for s in (tuned, again)))
+
+
+def test_files_that_are_not_whole_are_refused(tuned, tmp_path):
+    file = tuned.save(tmp_path / "one.safetensors")
+    whole = file.read_bytes()
+    with pytest.raises(CheckpointError, match="there is no file"):
+        Tuned.load(tmp_path / "none.safetensors")
+    for content, words in (
+        (whole[:-9], "cut short"),
+        (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], "altered"),
+        (b"", "cut short"),
+        (whole.replace(b"undiffuse-solver-1", b"undiffuse-solver-2"), "holds no tuned solver"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            Tuned.load(file)
+
+
+def test_another_path_count_shape_or_grid_is_refused(tuned):
+    field = ring().denoiser(Linear())
+    for denoiser, options, words in (
+        (ring().denoiser(VP()), {}, "made for the path Linear"),
+        (ring().denoiser(VP(beta_max=19)), {}, "made for the path Linear"),
+        (field, {"steps": 6}, "made for 5 calls"),
+        (field, {"grid": "time", "steps": 5}, "times of its own"),
+        (field, {"corrector": "langevin"}, "all steps at once"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            sample(denoiser, (2, 2), solver=tuned, **options)
+    with pytest.raises(ArgumentError, match=r"tuned for \(2,\)"):
+        sample(field, (2, 3), solver=tuned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calls": 0}, "calls is 0"),
+        ({"calls": 65}, "1 to 64"),
+        ({"calls": 2.0}, "whole number"),
+        ({"n": 31}, "at least 32"),
+        ({"batch": 0}, "batch is 0"),
+        ({"start": "heun"}, "9 calls"),
+        ({"start": "ddpm"}, "deterministic"),
+        ({"start": "abm4"}, "abm-4"),
+    ],
+)
+def test_bad_arguments_of_tune(changes, words):
+    with pytest.raises(ArgumentError, match=words):
+        tune(mixture().denoiser(Linear()), (2,), **{"calls": 5, "n": 32, **changes})
+
+
+def test_numbers_that_make_no_table_are_refused(tuned):
+    for changes, words in (
+        ({"angles": tuned.angles[::-1]}, "must not rise"),
+        ({"angles": tuned.angles[1:]}, "rows"),
+        ({"weights": ((math.nan,), *tuned.weights[1:])}, "infinite or NaN"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            replace(tuned, **changes)
+
+
+def test_descent_finds_the_valley_of_rosenbrock_and_survives_cliffs():
+    def slope(z):
+        point = z.clone().requires_grad_()
+        value = (1 - point[0]) ** 2 + 100 * (point[1] - point[0] ** 2) ** 2
+        value.backward()
+        return (float(value.detach()) if float(z[0]) < 1.05 else math.nan), point.grad
+
+    found = list(descend(slope, torch.tensor([-1.2, 1.0], dtype=F64)))
+    assert len(found) < 80
+    assert torch.allclose(found[-1][0], torch.ones(2, dtype=F64), atol=1e-6)
+    assert all(a[1] > b[1] for a, b in itertools.pairwise(found))
+
+
+def test_an_empirical_law_can_be_differentiated_by_time():
+    law = Empirical(numbers(40, 3), std=0.1)
+    x = numbers(5, 3)
+    means = lambda angle: law.posterior_means(x, torch.cos(angle), torch.sin(angle), None)[0].sum()  # noqa: E731
+    angle = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    slope = torch.autograd.grad(means(angle), angle)[0]
+    around = (means(angle.detach() + 1e-5) - means(angle.detach() - 1e-5)) / 2e-5
+    assert slope == pytest.approx(float(around), rel=1e-6)
+
+
+@pytest.mark.parametrize("path", ["vp", "linear", "karras", "cosine"])
+def test_times_have_the_derivative_of_the_inverse_of_the_angle(path):
+    path, angles = PATHS[path], torch.tensor([1.3, 0.6, 0.2], dtype=F64, requires_grad=True)
+    slope = torch.autograd.grad(_times(path, angles).sum(), angles)[0]
+    around = (path.time_of_angle(angles.detach() + 1e-6) - path.time_of_angle(angles.detach() - 1e-6)) / 2e-6
+    assert torch.allclose(slope, around, rtol=1e-6)
