@@ -13,7 +13,7 @@ from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
-from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, integrate, make_grid, sample
+from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, Singlestep, integrate, make_grid, sample
 from undiffuse.solvers.base import weighted_sum
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights, snr_weights, time_weights
@@ -51,10 +51,11 @@ def test_the_data_in_half_log_snr_have_the_phi_functions_of_dpm_solver_plus_plus
 
 
 @pytest.mark.parametrize("variable", COORDINATES)
+@pytest.mark.parametrize("span", [(1.1, 0.4), (1.1, 0.002), (1.566, 1.0)])
 @pytest.mark.parametrize("turn", [0.0, 0.3, 15 / 16, 1.0])
-def test_weights_are_the_integrals_of_the_polynomials(turn, variable):
+def test_weights_are_the_integrals_of_the_polynomials(turn, variable, span):
     phi, u = turn * HALF, COORDINATES[variable]
-    nodes, span = (1.1, 1.3, 1.45), (1.1, 0.4)
+    nodes = (span[0], 0.5 * (span[0] + 1.568), 1.568)
     found = flow_weights(phi, "exact", nodes, span, u)
     places = [float(u(np.array(node))) for node in nodes]
     for j, weight in enumerate(found):
@@ -64,7 +65,7 @@ def test_weights_are_the_integrals_of_the_polynomials(turn, variable):
             value = math.prod((float(u(np.array(theta))) - place) / (places[j] - place) for place in others)
             return value / math.cos(theta - phi) ** 2
 
-        assert weight == pytest.approx(quad(integrand, *span, epsrel=1e-12)[0], rel=1e-9)
+        assert weight == pytest.approx(quad(integrand, *span, epsrel=1e-12, limit=500)[0], rel=1e-7)
 
 
 @pytest.mark.parametrize("turn", [0.05, 0.5, 15 / 16])
@@ -182,6 +183,12 @@ def test_gradients_flow_through_a_run():
     assert torch.allclose(gradient.sum(1), (ahead - behind).sum(1) / 2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"rule": "exct"}, {"shares": (1.5,)}, {"shares": ()}, {"shares": (0.6, 0.3)}])
+def test_settings_of_single_steps_out_of_range(settings):
+    with pytest.raises(ArgumentError):
+        Singlestep(**settings)
+
+
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_the_names_are_settings(name):
     assert isinstance(MULTISTEP[name](), Multistep)
@@ -192,6 +199,9 @@ def test_the_names_are_settings(name):
     [
         ({"points": 0}, "1 to 8"),
         ({"points": 2.5}, "1 to 8"),
+        ({"points": True}, "1 to 8"),
+        ({"prediction": None}, "0 (noise) to 1 (data)"),
+        ({"prediction": "velocity", "rule": "mean"}, "expected 'exact'"),
         ({"prediction": "dta"}, "Did you mean 'data'"),
         ({"prediction": 1.5}, "0 (noise) to 1 (data)"),
         ({"variable": "lambda"}, "unknown variable"),

@@ -267,10 +267,10 @@ _CHUNK = 1 << 16
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`sum_j w_j x_j` of tensors of one shape; each is read once from memory, on a CPU in pieces."""
+    """`sum_j w_j x_j` of tensors of one shape; without gradients each is read once on a CPU, in pieces."""
     first = tensors[0]
-    plain = first.device.type != "cpu" or first.numel() < 2 * _CHUNK or not all(x.is_contiguous() for x in tensors)
-    if plain or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    plain = first.device.type != "cpu" or first.numel() < 2 * _CHUNK or torch.is_grad_enabled()
+    if plain or not all(x.is_contiguous() for x in tensors):
         total = torch.mul(first, weights[0])
         for x, w in zip(tensors[1:], weights[1:]):
             total.add_(x, alpha=w)

@@ -69,7 +69,7 @@ class Step:
     Attributes:
         index: of the step, from 0.
         t, s: it went from time t to time s.
-        x: the state at s.
+        x: the state at s; not to be changed in place.
         denoised: the last E[x_0 | x] evaluated in the step.
         nfe: field evaluations so far.
     """

@@ -34,6 +34,7 @@ RULES: dict[str, None] = {"exact": None, "midpoint": None, "mean": None}
 # Where alpha is 0 a model's answer is the mean of the data whatever x: it is asked at this angle instead.
 _EARLIEST = math.atan(20.0)
 _QUARTER = 0.5 * math.pi
+_INFINITE = ("half-log-snr", "sigma")  # at alpha = 0
 # A polynomial of k evaluations is not followed where its weights are TRUST^k times larger than their sum: far beyond
 # its nodes, where steps grow fast. On equal steps they are (1.2 to 1.7)^k times larger.
 _TRUST = 2.0
@@ -95,11 +96,11 @@ class Multistep(Solver):
     scale: float | None = None
 
     def __post_init__(self):
-        if not (isinstance(self.points, int) and 1 <= self.points <= 8):
+        if not (type(self.points) is int and 1 <= self.points <= 8):
             raise ArgumentError(f"points is {self.points!r}: expected 1 to 8 evaluations for the polynomial")
         if isinstance(self.prediction, str):
             choose(self.prediction, {**TURNS, "velocity": None}, "prediction")
-        elif not 0 <= self.prediction <= 1:
+        elif not (type(self.prediction) in (int, float) and 0 <= self.prediction <= 1):
             raise ArgumentError(f"prediction is {self.prediction}: expected a name, or 0 (noise) to 1 (data)")
         choose(self.variable, {**COORDINATES, "time": None, "step": None}, "variable")
         choose(self.rule, RULES, "rule")
@@ -109,6 +110,10 @@ class Multistep(Solver):
             raise ArgumentError(f"scale is {self.scale}: expected a number above 0, the spread of the data")
         if not 0 <= self.eta < math.inf:
             raise ArgumentError(f"eta is {self.eta}: expected 0 (the ODE) or more (1: the reverse SDE)")
+        if (self.rule == "mean" and self.eta) or (self.rule != "exact" and self.prediction == "velocity"):
+            raise ArgumentError(
+                f"rule is '{self.rule}': expected 'exact' with prediction 'velocity', no 'mean' with eta"
+            )
         if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
             raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr', without corrector")
 
@@ -146,7 +151,12 @@ class Multistep(Solver):
         return self if self.scale is not None else replace(self, scale=max(1.0, 0.18 * math.sqrt(math.prod(event))))
 
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
-        """By angle "curved-angle" at the data's scale, in the path's own time as `Euler`, else "canonical"."""
+        """By angle "curved-angle" at the data's scale, else "canonical".
+
+        In the path's own time as `Euler`, but "karras" where the path ends in noise, as VE, whose time is stiff.
+        """
+        if self.prediction == "velocity" and float(path.sigma(torch.tensor(path.t_min, dtype=torch.float64))) > 0:
+            return make_grid(path, steps, "karras")
         if self.prediction == "velocity":
             return Euler().default_grid(path, steps)
         if self.variable != "angle":
@@ -189,6 +199,9 @@ class Multistep(Solver):
         value = denoised if data else weighted_sum((x, denoised), (on_noise / start.sigma, on_denoised))
         old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
         moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
+        # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
+        if self.variable in _INFINITE:
+            return moved, _Past()
         return moved, _Past((level,), (value,), start, x, moved)
 
     def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Event:
@@ -207,7 +220,7 @@ class Multistep(Solver):
 
     def _again(self, start: Level | None) -> bool:
         """Whether the last step can be made anew: not where it began in alpha = 0 and what it goes by is infinite."""
-        finite = self.phi > 0 and self.variable not in ("half-log-snr", "sigma")
+        finite = self.phi > 0 and self.variable not in _INFINITE
         return start is not None and (start.alpha > 0 or finite)
 
     def _moved(

@@ -17,15 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
 Coordinate = Callable[[np.ndarray], np.ndarray]
 
-# Gauss and Legendre's rule: exact to rounding on pieces of this length in log m, or of [-1, 1] in m.
+# Gauss and Legendre's rule: exact to rounding on pieces of this length in the half log-SNR; beyond FAR in the angle.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-_PIECE = 1.5
+_PIECE, _FAR = 1.5, 6.0
+_QUARTER = 0.5 * math.pi
 
 # What a polynomial may be a function of; "time" and "step" belong to a path and a grid.
 COORDINATES: dict[str, Coordinate] = {
@@ -46,25 +46,24 @@ def lagrange(nodes: Sequence[float], points: np.ndarray) -> np.ndarray:
     return values
 
 
-def _quadrature(start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points psi and weights for integrals over m = tan(psi) from `start` to `end`, both inside (-pi/2, pi/2).
+def _quadrature(phi: float, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Angles and weights for integrals over `m = tan(theta - phi)` between two angles in [0, pi/2].
 
-    In m where |m| < 1, in its logarithm beyond, where integrands change with the logarithm.
+    In pieces of the half log-SNR, with which everything here changes, and in the angle itself where that is infinite.
     """
-    low, high = math.tan(end), math.tan(start)
-    cuts = [high, *[cut for cut in (1.0, -1.0) if low < cut < high], low]
-    points, weights = [], []
-    for a, b in pairwise(cuts):
-        far = min(a, b) >= 1 or max(a, b) <= -1
-        sign = math.copysign(1.0, a + b)
-        u, v = (math.log(abs(a)), math.log(abs(b))) if far else (a, b)
-        edges = np.linspace(u, v, 1 + (max(1, math.ceil(abs(v - u) / _PIECE)) if far else 1))
-        half, middle = 0.5 * np.diff(edges)[:, None], 0.5 * (edges[1:] + edges[:-1])[:, None]
-        place = (middle + half * _NODES).ravel()
-        m = sign * np.exp(place) if far else place
-        points.append(np.arctan(m))
-        weights.append((half * _WEIGHTS).ravel() * (m if far else 1.0))
-    return np.concatenate(points), np.concatenate(weights)
+    low = -_FAR if start == _QUARTER else -math.log(math.tan(start))
+    high = _FAR if end == 0 else -math.log(math.tan(end))
+    edges = np.linspace(low, high, 1 + max(1, math.ceil(abs(high - low) / _PIECE)))
+    half, middle = 0.5 * np.diff(edges)[:, None], 0.5 * (edges[1:] + edges[:-1])[:, None]
+    theta = np.arctan(np.exp(-(middle + half * _NODES).ravel()))
+    points, weights = [theta], [-(half * _WEIGHTS).ravel() * np.sin(theta) * np.cos(theta)]
+    first, last = (math.atan(math.exp(-place)) for place in (low, high))
+    outer = [(start, first)] * (start == _QUARTER) + [(last, end)] * (end == 0)
+    for a, b in outer:
+        points.append(0.5 * (a + b) + 0.5 * (b - a) * _NODES)
+        weights.append(0.5 * (b - a) * _WEIGHTS)
+    theta = np.concatenate(points)
+    return theta, np.concatenate(weights) / np.cos(theta - phi) ** 2
 
 
 @lru_cache(maxsize=16384)
@@ -95,8 +94,8 @@ def flow_weights(
         places = tuple(coordinate(np.array([*nodes, *span])).tolist())
     at, a, b = places[:-2], places[-2], places[-1]
     if rule == "exact":
-        psi, weight = _quadrature(start - phi, end - phi)
-        return tuple((lagrange(at, coordinate(psi + phi)) @ weight).tolist())
+        theta, weight = _quadrature(phi, start, end)
+        return tuple((lagrange(at, coordinate(theta)) @ weight).tolist())
     if rule == "midpoint":
         return tuple((length * lagrange(at, np.array([0.5 * (a + b)]))[:, 0]).tolist())
     return tuple((0.5 * length * lagrange(at, 0.5 * (a + b) + 0.5 * (b - a) * _NODES) @ _WEIGHTS).tolist())

@@ -35,7 +35,7 @@ class Sample:
             more where a solver asks at several times at once.
         rounds: calls that each sample was part of, one after the other (B,).
         trajectory: the states at the times of `grid`, steps + 1 tensors like x, both ends included, each as the
-            corrector left it.
+            `corrector` left it; of a method that corrects its own steps as it was predicted.
         denoised: the estimate of x_0 of each step, steps tensors like x; none of a Markov chain.
         grid: the times, float64; none of a Markov chain.
         seed: what makes these samples again: the seed given, or the one drawn.

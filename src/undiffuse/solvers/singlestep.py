@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales, weighted_sum
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
@@ -28,11 +30,20 @@ class Singlestep(Solver):
         shares: of the stages, rising, in (0, 1).
         data: integrate E[x_0 | x], not E[eps | x].
         rule: "exact" or "midpoint".
+
+    Raises:
+        ArgumentError: shares that are none, an unknown rule.
     """
 
     shares: tuple[float, ...] = (0.5,)
     data: bool = False
     rule: str = "midpoint"
+
+    def __post_init__(self):
+        places = (0.0, *self.shares, 1.0)
+        if len(places) < 3 or not all(a < b for a, b in pairwise(places)):
+            raise ArgumentError(f"shares is {self.shares}: expected rising numbers between 0 and 1, one at least")
+        choose(self.rule, {"exact": None, "midpoint": None}, "rule")
 
     @property
     def order(self) -> float:  # type: ignore[override]
