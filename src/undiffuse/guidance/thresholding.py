@@ -18,7 +18,10 @@ Cond = Tensor | dict[str, Tensor] | None
 
 
 class _Bounded(Denoiser):
-    """A denoiser whose x_0 is changed after the call; noise, score and velocity are those of the changed x_0."""
+    """A denoiser whose x_0 is changed after the call; noise, score and velocity are those of the changed x_0.
+
+    It has kinks, and an infinite slope where the data themselves leave the range: no field for adaptive solvers.
+    """
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser.path)
@@ -105,7 +108,7 @@ class DynamicThreshold(_Bounded):
 
 def magnitude_quantile(x: Event, quantile: float) -> Float[Tensor, " b"]:
     """The quantile of |x| over the entries of each sample, linear between the two nearest; samples of any size."""
-    size = x.abs().flatten(1)
+    size = x.abs().reshape(len(x), -1)
     place = quantile * (size.shape[1] - 1)
     below = min(int(place), size.shape[1] - 1)
     # Only what lies above is sorted. torch.quantile sorts everything, and takes 2^24 entries at most.

@@ -87,8 +87,8 @@ class Picard(Solver):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{name} is {value!r}: expected a whole number of at least 1")
-        if not 0 < self.tolerance < math.inf:
-            raise ArgumentError(f"tolerance is {self.tolerance}: expected a number above 0")
+        if not (type(self.tolerance) in (int, float) and 0 < self.tolerance < math.inf):
+            raise ArgumentError(f"tolerance is {self.tolerance!r}: expected a number above 0")
         if self.group is not None and not (dist.is_available() and isinstance(self.group, dist.ProcessGroup)):
             raise ArgumentError(f"group is {self.group!r}: expected a process group of torch.distributed, or None")
 
