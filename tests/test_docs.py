@@ -25,7 +25,8 @@ def test_the_readme_s_twenty_lines_train_and_sample():
 
 
 @pytest.mark.parametrize("program", blocks("docs/guide.md"), ids=lambda p: p.splitlines()[0])
-def test_the_guide_s_programs_run(program):
+def test_the_guide_s_programs_run(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they write files
     exec(compile(program, "docs/guide.md", "exec"), {"__name__": "guide"})
 
 
