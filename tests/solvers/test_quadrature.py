@@ -7,32 +7,12 @@ import math
 import pytest
 import torch
 
+from solvers.ways import ENDS, F64, RATES, ways
 from undiffuse.core.errors import SamplingError
-from undiffuse.solvers.adaptive import Tolerance, solve
+from undiffuse.solvers.adaptive import Tolerance
 from undiffuse.solvers.pairs import PAIRS
 from undiffuse.solvers.quadrature import integrate_along
 from undiffuse.solvers.solution import Track
-
-F64 = torch.float64
-RATES = torch.tensor([0.5, 1.0, 3.0, 0.0], dtype=F64)
-ENDS = [(0.0, 1.5), (1.5, 0.2)]
-
-
-def ways(start: float, end: float, rows: torch.Tensor | None = None, tolerance: float = 1e-9):
-    """`y = exp(-k (position - start))` in two coordinates, k of each sample its own."""
-    k = RATES if rows is None else RATES[rows]
-    y = torch.ones(len(k), 2, dtype=F64)
-    ran = solve(
-        lambda t, y, rows: -k[rows, None] * y,
-        y,
-        start,
-        end,
-        PAIRS["dopri5"],
-        Tolerance(tolerance, tolerance),
-        keep=True,
-    )
-    assert ran.track is not None
-    return ran
 
 
 def even(start: float, end: float, steps: int = 6, rows: int = 4) -> Track:

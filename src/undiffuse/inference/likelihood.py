@@ -267,9 +267,8 @@ def _after(
     """The same, the way first: to half the tolerance, and no step's error may move log p by more than atol + D rtol."""
     start, end, pair, tolerance = settings
     allowed = tolerance.atol + tolerance.rtol * y.shape[1]
-
-    also = lambda *step: rise(*step).abs() / allowed  # noqa: E731
-    finer = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol, also=also)
+    half = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol)
+    finer = replace(half, also=lambda *step: rise(*step).abs() / allowed)
     # Nothing in p is narrower than sin(theta); a longer first step may not see what a flow at rest starts from.
     first = None, torch.full(y.shape[:1], max(start, _FIRST), dtype=torch.float64, device=y.device)
     found = solve(way, y, start, end, pair, finer, first=first, keep=True, describe=describe)

@@ -1,4 +1,4 @@
-"""Exponential integrators: the linear part of the PF-ODE in closed form, the denoiser extrapolated.
+"""Exponential integrators: the linear part of the PF-ODE in closed form, the denoiser constant in a step.
 
 With `q = alpha_t sigma_s / (alpha_s sigma_t) = exp(lambda_t - lambda_s)`, a number in [0, 1] that needs no
 logarithm and is 0 where the step starts in alpha = 0 or ends in sigma = 0, the flow is

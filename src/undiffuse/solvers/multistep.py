@@ -190,6 +190,11 @@ class Multistep(Solver):
         t = field.path.time_of_angle(torch.tensor(own_angle(theta, self.unit), dtype=torch.float64))
         level = Level.of(field, t, self.unit)
         denoised = field(x * (level.sigma / start.sigma), t)
+        old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
+        moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
+        # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
+        if self.variable in _INFINITE:
+            return moved, _Past()
         if self.prediction == "velocity":
             rate = velocity_coefficients(field, t)
             on_noise, on_denoised = rate[0] * level.sigma, rate[1] + rate[0] * level.alpha / self.unit
@@ -197,11 +202,6 @@ class Multistep(Solver):
             on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
         data = self.prediction == "data"
         value = denoised if data else weighted_sum((x, denoised), (on_noise / start.sigma, on_denoised))
-        old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
-        moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
-        # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
-        if self.variable in _INFINITE:
-            return moved, _Past()
         return moved, _Past((level,), (value,), start, x, moved)
 
     def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Event:
