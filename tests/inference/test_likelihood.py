@@ -11,6 +11,9 @@ import undiffuse as ud
 from undiffuse.core.errors import ArgumentError
 from undiffuse.fields import Denoiser
 from undiffuse.inference import Exact, Hutchinson, HutchPP
+from undiffuse.inference.likelihood import _first_step
+from undiffuse.solvers import Bound
+from undiffuse.solvers.flow import Flow
 from worlds import PATHS
 
 F64 = torch.float64
@@ -50,6 +53,23 @@ def test_with_the_path_s_own_prior_a_gaussian_is_what_the_flow_makes_of_it():
     ran = ud.log_likelihood(law.denoiser(path), x, divergence="exact")
     assert torch.allclose(ran.nats, model.log_prob(x).sum(1), atol=1e-6)
     assert torch.allclose(ran.latent, ratio * x, atol=1e-4)
+
+
+@pytest.mark.parametrize(("path", "start"), [(ud.Linear(), 0.0), (ud.VP(), 1e-3)], ids=["rest", "noise"])
+def test_the_first_step_is_a_share_of_the_data_s_width(path, start):
+    """Of N(0, w^2) seen where |x| = w sqrt(D); of a wide one, and where the score is 0, the most; never below theta."""
+    widths, size = torch.tensor([1e-3, 1e-2, 0.1, 1.0], dtype=F64), 16
+    time = torch.tensor(start, dtype=F64)
+    theta, n = float(path.angle(time)), torch.hypot(path.alpha(time), path.sigma(time))
+    found = []
+    for width in widths.tolist():
+        law = ud.Gaussian(torch.zeros(size, dtype=F64), std=torch.full((size,), width, dtype=F64))
+        seen = torch.hypot(path.alpha(time) * width, path.sigma(time))  # the width of x_t
+        y = torch.stack([seen / n * torch.ones(size, dtype=F64), torch.zeros(size, dtype=F64)])
+        found.append(_first_step(Flow(Bound(law.denoiser(path)), (2, size)), y, theta)[1])
+    rounded = torch.sqrt(widths**2 + max(theta, 1e-5) ** 2)
+    assert torch.allclose(torch.stack(found)[:, 0], (0.03 * rounded).clamp(max(theta, 1e-5), 0.03), rtol=1e-3)
+    assert torch.stack(found)[:, 1].tolist() == [0.03] * 4
 
 
 class From(Denoiser):

@@ -31,7 +31,7 @@ from undiffuse.inference.encoding import check_event, first_scale, span
 from undiffuse.solvers.adaptive import Tolerance, solve
 from undiffuse.solvers.base import Bound, Cond, rows_of
 from undiffuse.solvers.during import evaluating
-from undiffuse.solvers.flow import Flow, norm_at, rise
+from undiffuse.solvers.flow import Flow, norm_at, score_at
 from undiffuse.solvers.pairs import PAIRS, Pair
 from undiffuse.solvers.quadrature import integrate_along
 from undiffuse.solvers.sampling import placed
@@ -46,8 +46,9 @@ Describe = Callable[[float], str]
 # Numbers in one call for the divergence where the events are small: operations on fewer cost as much.
 _NUMBERS = 4096
 
-# The first step of a way from the data itself, in radians.
-_FIRST = 1e-5
+# The first step of a way from data, in radians: that share of their width as the score tells it, sqrt(D) / |score|,
+# which has the right size for a Gaussian. Nothing in p is narrower than sin(theta).
+_SHARE, _LEAST, _MOST = 0.03, 1e-5, 0.03
 
 
 @dataclass(frozen=True)
@@ -268,14 +269,22 @@ def _after(
     start, end, pair, tolerance = settings
     allowed = tolerance.atol + tolerance.rtol * y.shape[1]
     half = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol)
-    finer = replace(half, also=lambda *step: rise(*step).abs() / allowed)
-    # Nothing in p is narrower than sin(theta); a longer first step may not see what a flow at rest starts from.
-    first = None, torch.full(y.shape[:1], max(start, _FIRST), dtype=torch.float64, device=y.device)
+    finer = replace(half, also=lambda theta, y, slope, miss: (score_at(theta, y, slope) * miss).sum(1).abs() / allowed)
+    first = _first_step(way, y, start)
     found = solve(way, y, start, end, pair, finer, first=first, keep=True, describe=describe)
     assert found.track is not None  # keep=True
     at_once = max(len(y), _NUMBERS // y.shape[1])
     gained, asked = integrate_along(lambda *at: divergence(*at)[1], found.track, tolerance, at_once=at_once)
-    return found.y, gained, found.evals + asked
+    return found.y, gained, found.evals + 1 + asked
+
+
+def _first_step(way: Flow, y: Tensor, start: float) -> tuple[Tensor | None, Tensor]:
+    """The slope at the start, if it had to be known, and the first step of a flow at rest, whose slope says nothing."""
+    theta = torch.full(y.shape[:1], max(start, _LEAST), dtype=torch.float64, device=y.device)
+    slope = way(theta, y, torch.arange(len(y), device=y.device))
+    score = score_at(theta, y, slope).detach().double()
+    width = (y.shape[1] / score.square().sum(1)).sqrt()
+    return slope if start >= _LEAST else None, torch.maximum((_SHARE * width).clamp(max=_MOST), theta)
 
 
 def bits_per_dim(nats: PerSample | float, event_size: int, levels: int = 256) -> PerSample | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ class Law(nn.Module):
 
     event: tuple[int, ...]
     dtype: torch.dtype
+    smooth: ClassVar[bool] = False  # whether it surely has a density, and so a score at sigma = 0 too
 
     # ------------------------------------------------------------------ what a subclass gives
 
@@ -170,7 +171,7 @@ class LawDenoiser(Denoiser):
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         x_0, pull, sigma = self._answer(x_t, t, cond)
         # Given x_0 itself the noise is unknown: its mean is 0, also where the law is made of points.
-        noise = torch.where(sigma == 0, 0.0, sigma * pull)
+        noise = sigma * pull if self.law.smooth else torch.where(sigma == 0, 0.0, sigma * pull)
         return x_0.to(x_t.dtype).reshape(x_t.shape), noise.to(x_t.dtype).reshape(x_t.shape)
 
     def score(self, x_t: Event, t: Time, cond: Cond = None) -> Event:

@@ -33,6 +33,7 @@ class GaussianMixture(Law):
         ArgumentError: shapes that do not fit, a std <= 0, negative weights.
     """
 
+    smooth = True
     log_weights: Tensor
     flat_means: Tensor
     variances: Tensor
@@ -99,14 +100,14 @@ class GaussianMixture(Law):
         """Per component: log of weight times density (B, K), offset over variance (B, K, D), and prior variances."""
         alpha, sigma = (v.unsqueeze(-1) if v.ndim else v for v in (alpha, sigma))  # () or (B, 1, 1)
         size, spread = x.shape[1], self.variances.to(x.dtype)
-        variance = alpha.square() * spread + sigma.square()  # (K, D or 1) or (B, K, D or 1)
+        variance = torch.addcmul(sigma.square(), alpha.square(), spread)  # (K, D or 1) or (B, K, D or 1)
         offset = torch.addcmul(x[:, None], alpha, self.flat_means.to(x.dtype), value=-1)
         pull = offset / variance
-        log_det = variance.log().sum(-1) * (size // variance.shape[-1])
+        log_det = variance.log().sum(-1) if variance.shape[-1] > 1 else size * variance[..., 0].log()
         # Sums of products as matrix products: a sum over a short axis takes several times as long.
         squares = (offset * pull) @ x.new_ones(size)
-        log_density = -0.5 * (squares + log_det + size * math.log(2 * math.pi))
-        return self._log_prior(cond, x.shape[0]).to(x.dtype) + log_density, pull, spread
+        scaled = self._log_prior(cond, x.shape[0]).to(x.dtype) - 0.5 * size * math.log(2 * math.pi)
+        return torch.sub(scaled, squares + log_det, alpha=0.5), pull, spread
 
     def posterior_means(self, x, alpha, sigma, cond):
         joint, pull, spread = self._components(x, alpha, sigma, cond)
@@ -115,7 +116,7 @@ class GaussianMixture(Law):
             pulled, slope = (torch.stack([share * spread[:, 0], share], 1) @ pull).unbind(1)
         else:
             pulled, slope = ((share[:, None] @ of)[:, 0] for of in (spread * pull, pull))
-        return share @ self.flat_means.to(x.dtype) + alpha * pulled, slope
+        return torch.addcmul(share @ self.flat_means.to(x.dtype), alpha, pulled), slope
 
     def flat_posterior_covariance(self, x, alpha, sigma, cond):
         joint, pull, spread = self._components(x, alpha, sigma, cond)

@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
-from undiffuse.core.shapes import pad_to
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.adaptive import Solution, Tolerance, solve
@@ -65,20 +64,15 @@ class Flow:
         time = self._times(theta)
         # Scales from the time itself, so that its rounding near an end is seen by all alike.
         alpha, sigma = self.path.alpha(time), self.path.sigma(time)
-        n = torch.hypot(alpha, sigma)
-        x = (y * n[:, None].to(y)).reshape(len(y), *self.event)
-        x_0, noise = self.bound.estimate(x, time, rows)
-        cos, sin = pad_to((alpha / n).to(y), x), pad_to((sigma / n).to(y), x)
-        return torch.addcmul(cos * noise, sin, x_0, value=-1).flatten(1)
+        alpha, sigma, n = (scale[:, None].to(y) for scale in (alpha, sigma, torch.hypot(alpha, sigma)))
+        x_0, noise = self.bound.estimate((y * n).reshape(len(y), *self.event), time, rows)
+        return torch.addcmul(alpha * noise.flatten(1), sigma, x_0.flatten(1), value=-1) / n
 
 
-def rise(
-    theta: Float[Tensor, " n"], y: Float[Tensor, "n d"], slope: Float[Tensor, "n d"], move: Float[Tensor, "n d"]
-) -> Float[Tensor, " n"]:
-    """What a small move of y adds to log p(y): `score . move`, the score of y being `-E[eps | x] / sin(theta)`."""
-    sin, cos = torch.sin(theta).to(y), torch.cos(theta).to(y)
-    noise = sin[:, None] * y + cos[:, None] * slope
-    return -(noise * move).sum(1) / sin
+def score_at(theta: Float[Tensor, " n"], y: Float[Tensor, "n d"], slope: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The score of y by its slope, `-E[eps | x] / sin(theta)`."""
+    sin, cos = torch.sin(theta).to(y)[:, None], torch.cos(theta).to(y)[:, None]
+    return -(y + cos / sin * slope)
 
 
 def flow(
