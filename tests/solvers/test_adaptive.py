@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -230,6 +231,28 @@ def test_another_measure_of_a_step_s_error_shortens_it_too():
     assert int(loose.steps.max()) < 0.4 * int(both.steps.min())
     assert both.steps.tolist() == pytest.approx(strict.steps.tolist(), abs=1)
     assert torch.allclose(both.y, torch.full_like(y, math.exp(math.sin(2.0))), atol=1e-8)
+
+
+def test_steady_steps_heed_the_error_before():
+    """Of dy/dt = t^4 a step of dopri5 has the error (h / h_1)^5; the plain rule, whose step is 0.9 h_1, tells h_1."""
+    y, first = torch.zeros(1, 1, dtype=F64), torch.full((1,), 1e-3, dtype=F64)
+
+    def lengths(steady):
+        tolerance = Tolerance(0.0, 1e-9, steady=steady)
+        ran = solve(
+            lambda t, y, rows: t[:, None] ** 4, y, 0.0, 1.0, PAIRS["dopri5"], tolerance, first=(None, first), keep=True
+        )
+        return ran.track.length.tolist()[:-1]
+
+    unit = lengths(False)[-1] / 0.9
+    steady = lengths(True)
+    errors = [1.0, *((h / unit) ** 5 for h in steady)]
+    assert len(steady) > 5
+    assert max(errors[1:]) < 1
+    for now, (h, following) in enumerate(itertools.pairwise(steady), 1):
+        before = max(errors[now - 1], 1e-4)
+        growth = 0.9 * errors[now] ** (-0.7 / 5) * before ** (0.3 / 5)
+        assert following == pytest.approx(h * min(growth, 10.0), rel=1e-6)
 
 
 @pytest.mark.parametrize("path", [VP(), Linear()], ids=["vp", "linear"])

@@ -268,7 +268,7 @@ def _after(
     """The same, the way first: to half the tolerance, and no step's error may move log p by more than atol + D rtol."""
     start, end, pair, tolerance = settings
     allowed = tolerance.atol + tolerance.rtol * y.shape[1]
-    half = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol)
+    half = replace(tolerance, rtol=0.5 * tolerance.rtol, atol=0.5 * tolerance.atol, steady=True)
     finer = replace(half, also=lambda theta, y, slope, miss: (score_at(theta, y, slope) * miss).sum(1).abs() / allowed)
     first = _first_step(way, y, start)
     found = solve(way, y, start, end, pair, finer, first=first, keep=True, describe=describe)

@@ -25,6 +25,9 @@ Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
+# Exponents, times the order, of a step's error and of the one before: of 0.6 to 1 and 0 to 0.4 those that reached 1e-4
+# nats in the fewest evaluations, on a mixture of 8 in the plane.
+_STEADY, _LEAST = (0.7, 0.3), 1e-4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Tolerance:
         max_steps: tried steps per sample, after which the integration is given up.
         length: measure a part by its length, not by its root mean square, which is sqrt(D) times less.
         also: another measure of a step's error, which too must be below 1: of what it does to something else.
+        steady: the next step is `0.9 e^(-0.7/q) e_before^(0.3/q)` times as long, e_before the error of the accepted one
+            before (a PI controller, Gustafsson 1991): fewer are rejected, and errors are more alike.
 
     Raises:
         ArgumentError: a tolerance below 0, both 0, or max_steps < 1.
@@ -48,6 +53,7 @@ class Tolerance:
     max_steps: int = 10_000
     length: bool = False
     also: Measure | None = None
+    steady: bool = False
 
     def __post_init__(self):
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0 and self.max_steps >= 1):
@@ -74,6 +80,7 @@ class _Active:
     slope: Tensor
     step: Tensor
     rejected_last: Tensor
+    error: Tensor  # of the last accepted step, 1 before the first
 
     def only(self, keep: Tensor) -> _Active:
         return _Active(*(value[keep] for value in vars(self).values()))
@@ -154,7 +161,7 @@ def _begin(
         )
     if step is None:
         step = _first_step(slope, y, k, position, end, rows, pair, tolerance)
-    return _Active(rows, position, y, k, step, torch.zeros_like(rows, dtype=torch.bool))
+    return _Active(rows, position, y, k, step, torch.zeros_like(rows, dtype=torch.bool), torch.ones_like(step))
 
 
 @torch.no_grad()
@@ -194,7 +201,9 @@ def _try_step(
         if tolerance.also is not None:
             error = torch.maximum(error, tolerance.also(now.position + way, y, slopes[-1], miss).double())
     accepted = error < 1  # not where it is NaN
-    factor = (_SAFETY * error ** (-1 / pair.order)).nan_to_num(nan=_SHRINK).clamp(_SHRINK, _GROW)
+    share, before = _STEADY if tolerance.steady else (1.0, 0.0)
+    factor = _SAFETY * error ** (-share / pair.order) * now.error ** (before / pair.order)
+    factor = factor.nan_to_num(nan=_SHRINK).clamp(_SHRINK, _GROW)
     factor = torch.where(accepted, torch.where(now.rejected_last, factor.clamp(max=1), factor), factor)
     step = h * factor
     # A step that was cut at the end says nothing against the longer one that was planned.
@@ -211,6 +220,7 @@ def _try_step(
         torch.where(taken, slopes[-1], now.slope),
         step,
         ~accepted,
+        torch.where(accepted, error.clamp(min=_LEAST), now.error),
     )
     return moved, accepted, tried
 
