@@ -178,6 +178,8 @@ def test_a_draw_is_found_again_by_its_number(draw):
     again.draw = 3
     assert torch.equal(draw(again, 4), drawn[3])
     assert torch.equal(draw(Streams(one.keys, draw=1), 4), drawn[1])
+    assert torch.equal(draw(Streams.of(7, 4).at(2), 4), drawn[2])
+    assert one.draw == 5
     assert len({str(values.tolist()) for values in drawn}) == 5
 
 

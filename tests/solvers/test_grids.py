@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from solvers.measuring import F64
 from undiffuse.core.errors import ArgumentError
-from undiffuse.paths import VE, VP, Karras, Linear, Trig
-from undiffuse.solvers import GRIDS, Euler, Heun, check_grid, make_grid
+from undiffuse.paths import VE, VP, Karras, Linear, Path, Trig
+from undiffuse.solvers import GRIDS, Bound, Euler, Heun, check_grid, make_grid
 from worlds import PATHS
 
 
@@ -107,3 +109,49 @@ def test_a_float32_grid_may_touch_the_ends():
     times = check_grid(path, torch.tensor([80.1, 1.0, 0.0], dtype=torch.float32))
     assert times.dtype == F64
     assert float(times[0]) <= path.t_max
+
+
+class Bent(Path):
+    """`alpha = 1 - t`, `sigma = t^power`: no value, its power may change."""
+
+    power = 1.0
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return t**self.power
+
+
+class Named:
+    """What a `Bound` needs of a denoiser."""
+
+    def __init__(self, path):
+        self.path = path
+
+
+def test_what_is_kept_of_a_path_is_of_that_path_as_it_is():
+    """Grids, scales and rates are kept for paths that are equal, with the same functions; for no others."""
+    quarter = torch.tensor(0.25, dtype=F64)
+
+    def seen(path):
+        field = Bound(Named(path), grid=torch.tensor([0.5, 0.25], dtype=F64))
+        return [float(make_grid(path, 2, "angle")[1]), *field.scales(quarter), *field.rates(quarter)]
+
+    path = Bent()
+    assert seen(path) == pytest.approx([0.5, 0.75, 0.25, -1.0, 1.0], abs=1e-12)
+    path.power = 2.0
+    # The middle of the angle: t^2 = 1 - t.
+    assert seen(path) == pytest.approx([(5**0.5 - 1) / 2, 0.75, 0.0625, -1.0, 0.5], abs=1e-12)
+    usual = seen(VP())
+    assert seen(VP(beta_max=10.0))[1:] != usual[1:]
+    with mock.patch.object(VP, "sigma", lambda self, t: 0.5 * t):
+        assert seen(VP())[2] == 0.125
+    assert seen(VP()) == usual
+
+
+def test_a_grid_is_the_caller_s_own():
+    grid = make_grid(Linear(), 4, "angle")
+    before = grid.clone()
+    grid.mul_(2)
+    assert torch.equal(make_grid(Linear(), 4, "angle"), before)

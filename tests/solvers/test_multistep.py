@@ -14,9 +14,9 @@ from undiffuse.core.errors import ArgumentError
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
 from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, Singlestep, integrate, make_grid, sample
-from undiffuse.solvers.base import weighted_sum
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights, snr_weights, time_weights
+from undiffuse.solvers.sums import weighted_sum
 
 HALF = 0.5 * math.pi
 
@@ -104,17 +104,19 @@ def test_unipc_is_the_implicit_step_with_the_predicted_evaluation():
     path, x = VP(), numbers(5, 2)
     denoiser, levels = mixture().denoiser(path), torch.tensor([-0.5, 0.1], dtype=F64)
     grid = path.time_of(levels)
-    state = Multistep(1, "data", "half-log-snr").step(Bound(denoiser), x, grid[0], grid[1], None, None)
-    predicted = state[0]
+    solver = Multistep(1, "data", "half-log-snr")
+    predicted, state = solver.step(Bound(denoiser), x, grid[0], grid[1], None, None)
     first, second = denoiser(x, grid[0]), denoiser(predicted, grid[1])
     h = float(levels[1] - levels[0])
     one, two = 1 - math.exp(-h), h - 1 + math.exp(-h)
     ratio, alpha_s = path.sigma(grid[1]) / path.sigma(grid[0]), path.alpha(grid[1])
     corrected = ratio * x + alpha_s * ((one - two / h) * first + two / h * second)
-    after = Multistep(1, "data", "half-log-snr").step(
-        Bound(denoiser), *[predicted, grid[1]], grid[1] * 0.9, state[1], None
-    )
-    assert torch.allclose(after[1].x, corrected, rtol=1e-12, atol=1e-12)
+    # The next step is DDIM's from there, by the same evaluation.
+    end = 0.9 * grid[1]
+    q = path.alpha(grid[1]) * path.sigma(end) / (path.alpha(end) * path.sigma(grid[1]))
+    wanted = path.sigma(end) / path.sigma(grid[1]) * corrected + path.alpha(end) * (1 - q) * second
+    after, _ = solver.step(Bound(denoiser), predicted, grid[1], end, state, None)
+    assert torch.allclose(after, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -47,19 +49,42 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
+def _word(value: int) -> np.ndarray:
+    """A 64-bit pattern as an array of one unsigned word; arrays wrap around in silence."""
+    return np.array([value & _MASK], dtype=np.uint64)
+
+
+_FACTOR_1, _FACTOR_2 = _word(_MIX_1), _word(_MIX_2)
+_SHIFTS = tuple(_word(bits) for bits in (30, 27, 31))
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """`_mix` of unsigned words, for a few of which calls to torch would cost more."""
+    z = (z ^ (z >> _SHIFTS[0])) * _FACTOR_1
+    z = (z ^ (z >> _SHIFTS[1])) * _FACTOR_2
+    return z ^ (z >> _SHIFTS[2])
+
+
 def hash_key(*parts: int | str) -> int:
     """A 64-bit key from integers and names, order mattering; the same on every machine."""
-    key = torch.zeros((), dtype=torch.int64)
+    key = _word(0)
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
-        key = _mix(key + _GAMMA + _signed(part))
-    return int(key)
+        key = _mixed(key + _word(_GAMMA + part))
+    return _signed(int(key[0]))
 
 
 def fresh_seed() -> int:
     """A seed from the operating system, for callers who gave none. No global generator is touched."""
     return secrets.randbits(31)
+
+
+def _keys(seed: int, n: int, first: int, device: torch.device) -> Tensor:
+    """The keys of samples `first ... first + n - 1` of a seed."""
+    index = np.arange(first + 1, first + 1 + n).view(np.uint64)
+    words = _mixed(index * _word(_GAMMA) + _mixed(_word(seed + _GAMMA)))
+    return torch.from_numpy(words.view(np.int64)).to(device)
 
 
 class Streams:
@@ -69,18 +94,33 @@ class Streams:
     0 of each seed, so that row i of `of(seed=[a, b])` equals row 0 of `of(seed=[b])` where i is b's place.
 
     Args:
-        keys: one 64-bit key per sample, shape (B,).
+        keys: one 64-bit key per sample, shape (B,), or what makes them when they are first asked for: many a run that
+            is given streams draws nothing.
         draw: index of the next draw.
     """
 
-    def __init__(self, keys: Int[Tensor, " b"], draw: int = 0):
-        self.keys = keys.to(torch.int64)
+    def __init__(self, keys: Int[Tensor, " b"] | Callable[[], Int[Tensor, " b"]], draw: int = 0):
+        self._keys = keys
         self.draw = draw
+
+    @property
+    def keys(self) -> Int[Tensor, " b"]:
+        """One 64-bit key per sample."""
+        if not isinstance(self._keys, Tensor):
+            self._keys = self._keys()
+        if self._keys.dtype != torch.int64:
+            self._keys = self._keys.to(torch.int64)
+        return self._keys
+
+    def at(self, draw: int) -> Streams:
+        """The same streams, at another draw."""
+        return Streams(self._keys, draw)
 
     @classmethod
     def of(cls, seed: int | Sequence[int] | Tensor, n: int | None = None, *, first: int = 0, device=None) -> Streams:
         """Streams of samples `first ... first + n - 1` of one seed, or the first stream of each of many seeds."""
-        seeds = torch.as_tensor(seed, dtype=torch.int64, device=device)
+        seeds = torch.as_tensor(seed, dtype=torch.int64)
+        device = device if device is not None else seeds.device
         if seeds.ndim == 0 and (n is None or n < 0):
             raise ArgumentError(f"one seed for a batch needs n, the number of samples: given {n}")
         if seeds.ndim > 1 or (seeds.ndim == 1 and n is not None and n != len(seeds)):
@@ -88,10 +128,8 @@ class Streams:
                 f"seed has shape {tuple(seeds.shape)}: expected an integer, or one integer for each of {n} samples"
             )
         if seeds.ndim == 0:
-            index = torch.arange(first, first + int(n or 0), dtype=torch.int64, device=seeds.device)
-        else:
-            index = torch.full_like(seeds, first)
-        return cls(_mix(_mix(seeds + _GAMMA) + index * _GAMMA + _GAMMA))
+            return cls(partial(_keys, int(seeds), int(n or 0), first, device))
+        return cls(_mix(_mix(seeds.to(device) + _GAMMA) + _signed((first + 1) * _GAMMA)))
 
     def __len__(self) -> int:
         return self.keys.shape[0]

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.solvers.base import Bound, Noise, Solver, combine, scales
+from undiffuse.solvers.base import Bound, Noise, Solver, scales
+from undiffuse.solvers.sums import combine
 
 Event = Float[Tensor, "b *event"]
 

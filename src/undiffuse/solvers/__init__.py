@@ -2,7 +2,7 @@
 
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
-from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales, weighted_sum
+from undiffuse.solvers.base import Bound, Solver, StreamNoise, rates, scales
 from undiffuse.solvers.comparing import OWN, compare
 from undiffuse.solvers.comparison import Cell, Comparison, Recommendation
 from undiffuse.solvers.compiled import CompiledEnergy
@@ -23,6 +23,7 @@ from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.singlestep import Singlestep
 from undiffuse.solvers.stochastic import DDPM, EDM
+from undiffuse.solvers.sums import combine, weighted_sum
 from undiffuse.solvers.tempering import ParallelTempering
 from undiffuse.solvers.tuned import Tuned, linear_table
 from undiffuse.solvers.tuning import tune

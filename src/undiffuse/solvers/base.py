@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from undiffuse.core.random import Streams
 from undiffuse.core.shapes import as_time
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
-from undiffuse.solvers.grids import make_grid
+from undiffuse.solvers.grids import for_values, make_grid
 
 Event = Float[Tensor, "b *event"]
 Scalar = Float[Tensor, ""]
@@ -30,7 +30,7 @@ class Field(Protocol):
 
     path: Path
 
-    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor | float, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -118,42 +118,31 @@ class Bound:
         self.per_sample: Tensor | None = None
         self.rounds: Tensor | None = None
         self.denoised: Tensor | None = None
-        self._inner: list[float] = []
-        self._scales = self._table(self.path.alpha, self.path.sigma)
-        self._rates: dict[float, tuple[float, float]] | None = None
+        self._asked = () if grid is None else tuple(grid.tolist())
+        self._scales = scales_at(self.path, self._asked)
+        self._rates: Mapping[float, tuple[float, float]] | None = None
         self._times: dict[float, Tensor] | None = None
-
-    def _table(self, first: Callable, second: Callable) -> dict[float, tuple[float, float]]:
-        if self.grid is None:
-            return {}
-        times = self._asked()
-        return dict(zip(times.tolist(), zip(first(times).tolist(), second(times).tolist())))
-
-    def _asked(self) -> Tensor:
-        """The grid, and the times inside its steps that were foreseen."""
-        assert self.grid is not None
-        return torch.cat([self.grid, self.grid.new_tensor(self._inner)])
 
     def foresee(self, times: Sequence[float]) -> None:
         """Times inside the grid's steps at which the solver will ask too, before the first call."""
-        if times:
-            self._inner = list(times)
-            self._scales = self._table(self.path.alpha, self.path.sigma)
+        if times and self.grid is not None:
+            self._asked = (*self.grid.tolist(), *times)
+            self._scales = scales_at(self.path, self._asked)
 
-    def __call__(self, x: Event, t: Tensor) -> Event:
+    def __call__(self, x: Event, t: Tensor | float) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self.calls += 1
         if self.per_sample is not None and self.rounds is not None:
             self.per_sample += 1
             self.rounds += 1
-        self.denoised = denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
-        return denoised
+        self.denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
+        return self.denoised
 
     @staticmethod
     def _checked(denoised: Tensor, x: Tensor) -> Tensor:
         if denoised.shape != x.shape:
             raise ArgumentError(f"the field returned shape {tuple(denoised.shape)} for x of {tuple(x.shape)}")
-        return denoised.to(x.dtype)
+        return denoised if denoised.dtype == x.dtype else denoised.to(x.dtype)
 
     def track(self, rows: int) -> None:
         """Count the calls of each of that many samples too, (B,) int64.
@@ -190,11 +179,11 @@ class Bound:
             self.per_sample.index_add_(0, rows, torch.ones_like(rows))
             self.rounds[rows] += 1
 
-    def _time(self, t: Tensor, x: Tensor) -> Tensor:
+    def _time(self, t: Tensor | float, x: Tensor) -> Tensor:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""
         if self._times is None:
-            grid = self._asked() if self.grid is not None else t.reshape(1)
-            self._times = dict(zip(grid.tolist(), as_time(grid, x).unbind()))
+            asked = self._asked or (float(t),)
+            self._times = dict(zip(asked, as_time(torch.tensor(asked, dtype=torch.float64), x).unbind()))
         found = self._times.get(float(t))
         return found if found is not None else as_time(t, x)
 
@@ -203,15 +192,34 @@ class Bound:
         self.calls += 1
         return self.field.score(x, self._time(t, x), self.cond).to(x.dtype)
 
-    def scales(self, t: Tensor) -> tuple[float, float] | None:
+    def scales(self, t: Tensor | float) -> tuple[float, float] | None:
         """(alpha, sigma) where t is on the grid."""
         return self._scales.get(float(t))
 
-    def rates(self, t: Tensor) -> tuple[float, float] | None:
+    def rates(self, t: Tensor | float) -> tuple[float, float] | None:
         """(alpha', sigma') where t is on the grid."""
         if self._rates is None:
-            self._rates = self._table(self.path.alpha_dot, self.path.sigma_dot)
+            self._rates = rates_at(self.path, self._asked)
         return self._rates.get(float(t))
+
+
+@for_values
+def scales_at(path: Path, times: tuple[float, ...]) -> Mapping[float, tuple[float, float]]:
+    """(alpha, sigma) by time."""
+    return _table(path.alpha, path.sigma, times)
+
+
+@for_values
+def rates_at(path: Path, times: tuple[float, ...]) -> Mapping[float, tuple[float, float]]:
+    """(alpha', sigma') by time."""
+    return _table(path.alpha_dot, path.sigma_dot, times)
+
+
+def _table(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], times: tuple[float, ...]
+) -> Mapping[float, tuple[float, float]]:
+    places = torch.tensor(times, dtype=torch.float64)
+    return dict(zip(times, zip(first(places).tolist(), second(places).tolist()))) if times else {}
 
 
 def rows_of(cond: Cond, rows: Tensor) -> Cond:
@@ -244,48 +252,20 @@ class StreamNoise:
         return branch
 
 
-def scales(field: Field, t: Tensor) -> tuple[float, float]:
+def scales(field: Field, t: Tensor | float) -> tuple[float, float]:
     """`(alpha, sigma)` at a scalar time as Python floats, from the field's table where it carries one."""
     known = getattr(field, "scales", None)
     found = known(t) if known is not None else None
-    return found or (float(field.path.alpha(t)), float(field.path.sigma(t)))
+    return found or _pair(field.path.alpha, field.path.sigma, t)
 
 
-def rates(field: Field, t: Tensor) -> tuple[float, float]:
+def rates(field: Field, t: Tensor | float) -> tuple[float, float]:
     """`(alpha', sigma')` at a scalar time, as `scales`."""
     known = getattr(field, "rates", None)
     found = known(t) if known is not None else None
-    return found or (float(field.path.alpha_dot(t)), float(field.path.sigma_dot(t)))
+    return found or _pair(field.path.alpha_dot, field.path.sigma_dot, t)
 
 
-# Rounding of three float64 operations; below it a + b is 1.
-_UNIT = 4 * torch.finfo(torch.float64).eps
-
-
-# Numbers of a piece that stays in a CPU core's cache while all terms of a sum pass over it.
-_CHUNK = 1 << 16
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`sum_j w_j x_j` of tensors of one shape; without gradients each is read once on a CPU, in pieces."""
-    first = tensors[0]
-    plain = first.device.type != "cpu" or first.numel() < 2 * _CHUNK or torch.is_grad_enabled()
-    if plain or not all(x.is_contiguous() for x in tensors):
-        total = torch.mul(first, weights[0])
-        for x, w in zip(tensors[1:], weights[1:]):
-            total.add_(x, alpha=w)
-        return total
-    total = torch.empty_like(first)
-    pieces = zip(total.view(-1).split(_CHUNK), *(x.view(-1).split(_CHUNK) for x in tensors))
-    for out, head, *rest in pieces:
-        torch.mul(head, weights[0], out=out)
-        for x, w in zip(rest, weights[1:]):
-            out.add_(x, alpha=w)
-    return total
-
-
-def combine(x: Event, a: float, d: Event, b: float) -> Event:
-    """`a x + b d`: one pass over memory where a + b = 1 (every path with alpha = 1, and Linear), else two."""
-    if abs(a + b - 1) <= _UNIT:
-        return torch.lerp(d, x, a)
-    return torch.mul(x, a).add_(d, alpha=b)
+def _pair(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], t: Tensor | float):
+    time = torch.as_tensor(t, dtype=torch.float64)
+    return float(first(time)), float(second(time))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 @contextmanager
 def evaluating(target: object) -> Iterator[None]:
     """No gradients, every module of the target in evaluation mode; each is put back as it was."""
-    modules = list(target.modules()) if isinstance(target, nn.Module) else []
-    before = [module for module in modules if module.training]
+    before = [module for module in target.modules() if module.training] if isinstance(target, nn.Module) else []
     for module in before:
         module.training = False
     try:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from itertools import pairwise
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +23,8 @@ from undiffuse.paths import Path
 
 Grid = Float[Tensor, " n"]
 Map = Callable[[Path, Tensor], Tensor]
+T = TypeVar("T")
+_FUNCTIONS = attrgetter("alpha", "sigma", "alpha_dot", "sigma_dot", "time_of", "time_of_angle")
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,12 @@ class Spacing:
     time: Map
     in_level: bool = False
 
-    def between(self, path: Path, start: float, end: float, points: int) -> Grid:
+    def between(self, path: Path, start: float, end: float, points: int) -> list[float]:
         """`points` times from start to end, the ends exact where there are two."""
-        ends = self.coordinate(path, torch.tensor([start, end], dtype=torch.float64))
-        grid = self.time(path, ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64))
-        grid[-1] = end
-        grid[0] = start
-        return grid
+        first, last = self.coordinate(path, torch.tensor([start, end], dtype=torch.float64)).tolist()
+        equal = torch.linspace(0, 1, points, dtype=torch.float64).mul_(last - first).add_(first)
+        inner = self.time(path, equal).tolist()[1:-1]
+        return [start, *inner, end][:points]
 
 
 def canonical_time(path: Path, t: Tensor) -> Tensor:
@@ -59,6 +64,7 @@ _RHO = 7.0
 _CANONICAL = 1.5
 
 
+@lru_cache(maxsize=64)
 def curved_angle(scale: float = 1.0, start: float = 20.0, power: float | None = None) -> Spacing:
     """Equal steps in `atan(sigma / (scale alpha))^(1 / power)`, for data of that spread.
 
@@ -98,6 +104,26 @@ GRIDS: dict[str, Spacing] = {
 }
 
 
+def for_values(function: Callable[..., T]) -> Callable[..., T]:
+    """The function of a path, its results kept where the path is a value, with an == and a hash of its own.
+
+    For equal ones whose class has the same functions the result is the same; any other path may be another one at the
+    next call.
+    """
+
+    @lru_cache(maxsize=256)
+    def kept(functions: tuple[Callable, ...], path: Path, *rest: object) -> T:
+        return function(path, *rest)
+
+    @wraps(function)
+    def found(path: Path, *rest: object) -> T:
+        kind = type(path)
+        value = kind.__eq__ is not object.__eq__ and kind.__hash__ is not None
+        return kept(_FUNCTIONS(kind), path, *rest) if value else function(path, *rest)
+
+    return found
+
+
 def make_grid(path: Path, steps: int, kind: str | Spacing = "karras") -> Grid:
     """`steps + 1` times from t_max to t_min, strictly decreasing.
 
@@ -114,22 +140,22 @@ def make_grid(path: Path, steps: int, kind: str | Spacing = "karras") -> Grid:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}: expected a whole number of at least 1")
     spacing = choose(kind, GRIDS, "grid") if isinstance(kind, str) else kind
-    grid = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
-    if steps > 1:
-        start = path.t_high if spacing.in_level else path.t_max
-        whole = (
-            None
-            if spacing.in_level and path.t_min < path.t_low
-            else spacing.between(path, start, path.t_min, steps + 1)
-        )
-        if whole is None or float(whole[-2]) < path.t_low:
-            grid = torch.cat([spacing.between(path, start, path.t_low, steps), grid[1:]])
-        else:
-            grid = whole
-    grid[0] = path.t_max
-    if not bool((grid[1:] < grid[:-1]).all()):
+    times = _times(path, steps, spacing)
+    if not all(s < t for t, s in pairwise(times)):
         raise ArgumentError(f"{steps} steps of the grid {kind!r} cannot be told apart on {path}: take fewer")
-    return grid
+    return torch.tensor(times, dtype=torch.float64)
+
+
+@for_values
+def _times(path: Path, steps: int, spacing: Spacing) -> tuple[float, ...]:
+    if steps == 1:
+        return path.t_max, path.t_min
+    start = path.t_high if spacing.in_level else path.t_max
+    cut = spacing.in_level and path.t_min < path.t_low
+    times = [] if cut else spacing.between(path, start, path.t_min, steps + 1)
+    if cut or times[-2] < path.t_low:
+        times = [*spacing.between(path, start, path.t_low, steps), path.t_min]
+    return path.t_max, *times[1:]
 
 
 def check_grid(path: Path, grid: Tensor) -> Grid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +32,7 @@ class TimeOf:
         return id(self.path)
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """A time, its angle and its scales, alpha in units of the data's scale."""
 
     t: float

@@ -6,7 +6,8 @@
 
 l_j the polynomials of Lagrange through the last evaluations, in a coordinate u. With a corrector the step is made anew
 once the evaluation at its end is known, which the next step needs anyway, with that evaluation among the P_j (predict,
-evaluate, correct: no further network call).
+evaluate, correct: no further network call). What the corrector makes of x is x and a sum of the P_j, so it is no tensor
+of its own: its weights are added to those of the next step.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, weighted_sum
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
+from undiffuse.solvers.past import Past, Value, Weights, added, after, total
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
+from undiffuse.solvers.sums import weighted_sum
 
 TURNS = {"noise": 0.0, "data": 1.0}
 RULES: dict[str, None] = {"exact": None, "midpoint": None, "mean": None}
@@ -38,21 +41,6 @@ _INFINITE = ("half-log-snr", "sigma")  # at alpha = 0
 # A polynomial of k evaluations is not followed where its weights are TRUST^k times larger than their sum: far beyond
 # its nodes, where steps grow fast. On equal steps they are (1.2 to 1.7)^k times larger.
 _TRUST = 2.0
-
-
-@dataclass(frozen=True)
-class _Past:
-    """What a run remembers: levels and values of its evaluations, the newest first, and its last step.
-
-    `start` and `x` are where that step began, `x_next` what it made; another x met next was changed on the way, by a
-    corrector of noise say, and is taken as it is.
-    """
-
-    levels: tuple[Level, ...] = ()
-    values: tuple[Tensor, ...] = ()
-    start: Level | None = None
-    x: Tensor | None = None
-    x_next: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,22 +155,19 @@ class Multistep(Solver):
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         if self.scale is None:
             return self.for_event(x.shape[1:]).step(field, x, t, s, state, noise)
-        past: _Past = state if state is not None else _Past()
+        past: Past = state if state is not None else Past()
         start, end = (Level.of(field, time, self.unit) for time in (t, s))
         if start.alpha == 0:
             return self._first(field, x, start, end, noise)
-        denoised = field(x, t)
-        level, value = start, self._value(field, x, denoised, start, t)
-        if self.corrector and past.x_next is x and self._again(past.start):
-            x = self._moved(
-                field, past.x, past.start, start, (level, *past.levels)[: self.points + 1], (value, *past.values)
-            )
-        levels, values = (level, *past.levels)[: self.points], (value, *past.values)[: self.points]
-        moved = self._moved(field, x, start, end, levels, values)
+        value = self._value(field, x, field(x, t), start, t)
+        levels, values = (start, *past.levels), (value, *past.values)
+        made = self._trusted(field, start, end, levels[: self.points])
+        again = self.corrector and past.x_next is x and past.made is not None
+        moved = total(x, values, after(made, self._correction(field, past, start, levels)) if again else made)
         if self.eta and end.sigma > 0:
             h = end.half_log_snr - start.half_log_snr
-            moved = torch.add(moved, noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
-        return moved, _Past(levels, values, start, x, moved)
+            moved = moved.add_(noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
+        return moved, Past(levels[: self.points], values[: self.points], start, moved, made)
 
     def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
         """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, x = sigma z, D asked where z is all but all of x."""
@@ -194,57 +179,61 @@ class Multistep(Solver):
         moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
         # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
         if self.variable in _INFINITE:
-            return moved, _Past()
+            return moved, Past()
         if self.prediction == "velocity":
             rate = velocity_coefficients(field, t)
             on_noise, on_denoised = rate[0] * level.sigma, rate[1] + rate[0] * level.alpha / self.unit
         else:
             on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
-        data = self.prediction == "data"
-        value = denoised if data else weighted_sum((x, denoised), (on_noise / start.sigma, on_denoised))
-        return moved, _Past((level,), (value,), start, x, moved)
+        if self.prediction == "data":
+            return moved, Past((level,), (Value((denoised,), (1.0,)),), start, moved, (share, (end.alpha / self.unit,)))
+        value = self._kept((x, denoised), (on_noise / start.sigma, on_denoised))
+        # With phi = 0 the value goes to infinity at the start and the step stays as it is; else D is made of x and P.
+        made = None
+        if self.phi > 0:
+            on_value = end.alpha / self.unit / on_denoised
+            made = share - on_value * on_noise / start.sigma, (on_value,)
+        return moved, Past((level,), (value,), start, moved, made)
 
-    def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Event:
+    def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Value:
         """P at a level: `(cos(phi) x - N D) / sigma`; D itself where it is -D."""
         if self.prediction == "data":
-            return denoised
+            return Value((denoised,), (1.0,))
         if self.prediction == "velocity":
-            return weighted_sum((x, denoised), velocity_coefficients(field, t))
-        return weighted_sum(
-            (x, denoised), (math.cos(self.phi) / level.sigma, -self._size(level) / (level.sigma * self.unit))
-        )
+            return self._kept((x, denoised), velocity_coefficients(field, t))
+        weights = (math.cos(self.phi) / level.sigma, -self._size(level) / (level.sigma * self.unit))
+        return self._kept((x, denoised), weights)
+
+    def _kept(self, tensors: tuple[Tensor, Tensor], weights: tuple[float, float]) -> Value:
+        """A value of x and D: as these, where it is asked for once more at most, else added up."""
+        if self.points + self.corrector <= 2:
+            return Value(tensors, weights)
+        return Value((weighted_sum(tensors, weights),), (1.0,))
 
     def _size(self, level: Level) -> float:
         """N."""
         return math.cos(self.phi) * level.alpha + math.sin(self.phi) * level.sigma
 
-    def _again(self, start: Level | None) -> bool:
-        """Whether the last step can be made anew: not where it began in alpha = 0 and what it goes by is infinite."""
-        finite = self.phi > 0 and self.variable not in _INFINITE
-        return start is not None and (start.alpha > 0 or finite)
+    def _correction(self, field: Field, past: Past, end: Level, levels: tuple[Level, ...]) -> Weights:
+        """Weights of x, as predicted, and of the values in what the last step is when made anew with the newest one.
 
-    def _moved(
-        self,
-        field: Field,
-        x: Event | None,
-        start: Level | None,
-        end: Level,
-        levels: tuple[Level, ...],
-        values: tuple[Tensor, ...],
-    ) -> Event:
-        """x carried from one level to another by the polynomial through evaluations."""
-        assert x is not None
-        assert start is not None
+        The step went from y to `x = a y + sum_j w_j P_j`; anew it is `b y + sum_j v_j P_j`, and so
+        `(b / a) x + sum_j (v_j - (b / a) w_j) P_j`.
+        """
+        assert past.start is not None
+        assert past.made is not None
+        on_start, weights = self._trusted(field, past.start, end, levels[: self.points + 1])
+        ratio = on_start / past.made[0]
+        return ratio, added(weights, [0.0, *(-ratio * w for w in past.made[1])])
+
+    def _trusted(self, field: Field, start: Level, end: Level, levels: tuple[Level, ...]) -> Weights:
+        """Weights of x and of the evaluations, of as many of these as the polynomial is followed through."""
         on_x, weights = self._weights(field, start, end, levels)
         while sum(map(abs, weights)) > _TRUST ** len(weights) * abs(sum(weights)):
             on_x, weights = self._weights(field, start, end, levels[: len(weights) - 1])
-        if on_x == 0:
-            return weighted_sum(values[: len(weights)], weights)
-        return weighted_sum((x, *values[: len(weights)]), (on_x, *weights))
+        return on_x, weights
 
-    def _weights(
-        self, field: Field, start: Level, end: Level, levels: tuple[Level, ...]
-    ) -> tuple[float, Sequence[float]]:
+    def _weights(self, field: Field, start: Level, end: Level, levels: tuple[Level, ...]) -> Weights:
         """Weights of x and of the evaluations."""
         if self.prediction == "velocity" and end.sigma == 0 and (len(levels) == 1 or not smooth_end(field, end)):
             # Closed form: E[x_0] at the start, of which the velocity and x are made.
@@ -272,7 +261,7 @@ class Multistep(Solver):
         found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
         return self._size(end) / self._size(start), [sign * w for w in found]
 
-    def _noisy_weights(self, start: Level, end: Level, levels: tuple[Level, ...]) -> tuple[float, Sequence[float]]:
+    def _noisy_weights(self, start: Level, end: Level, levels: tuple[Level, ...]) -> Weights:
         if end.sigma == 0:
             return 0.0, (end.alpha / self.unit,)
         h = end.half_log_snr - start.half_log_snr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, combine, rates, scales
-from undiffuse.solvers.grids import make_grid
+from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, rates, scales
+from undiffuse.solvers.grids import for_values, make_grid
+from undiffuse.solvers.sums import combine, weighted_sum
 
 Row = tuple[float, ...]
 
 
-def velocity_coefficients(field: Field, t: Tensor) -> tuple[float, float]:
+def velocity_coefficients(field: Field, t: Tensor | float) -> tuple[float, float]:
     """(p, q) with velocity `p x + q E[x_0 | x]`: `p = sigma' / sigma`, `q = alpha' - alpha p` (Prop. 6.3.2)."""
     alpha, sigma = scales(field, t)
     alpha_dot, sigma_dot = rates(field, t)
@@ -29,26 +30,32 @@ def velocity_coefficients(field: Field, t: Tensor) -> tuple[float, float]:
 
 def stage_coefficients(h: float, row: Row, velocities: Sequence[Row]) -> Row:
     """Weights of x, D_1, D_2, ... in `x + h sum_j row_j v_j`, from their weights in the velocities v_j so far."""
-    weights = [0.0] * (1 + len(row))
+    weights = [1.0]
     for a, velocity in zip(row, velocities):
-        for i, v in enumerate(velocity):
-            weights[i] += a * v
-    return (1 + h * weights[0], *(h * w for w in weights[1:]))
+        weights = [w + h * a * v for w, v in zip_longest(weights, velocity, fillvalue=0.0)]
+    return tuple(weights)
 
 
 def combined(x: Event, answers: Sequence[Event], weights: Row) -> Event:
-    """`weights_0 x + weights_1 D_1 + weights_2 D_2 + ...`: a pass for each D after the first."""
-    out = combine(x, weights[0], answers[0], weights[1])
-    for answer, weight in zip(answers[1:], weights[2:]):
-        if weight != 0:
-            out.add_(answer, alpha=weight)
-    return out
+    """`weights_0 x + weights_1 D_1 + weights_2 D_2 + ...`."""
+    if len(answers) == 1:
+        return combine(x, weights[0], answers[0], weights[1])
+    used = [(answer, weight) for answer, weight in zip(answers, weights[1:]) if weight != 0]
+    return weighted_sum((x, *(answer for answer, _ in used)), (weights[0], *(weight for _, weight in used)))
 
 
-def between(t: Tensor, s: Tensor, node: float) -> float:
+def between(t: float, s: float, node: float) -> float:
     """`t + node (s - t)`."""
-    start = float(t)
-    return start + node * (float(s) - start)
+    return t + node * (s - t)
+
+
+@for_values
+def _turns(path: Path, grid: tuple[float, ...]) -> bool:
+    """Whether a step by Euler's method turns the sign of the noise, not at the path's end."""
+    times = torch.tensor(grid, dtype=torch.float64)
+    t, s = times[:-1], times[1:]
+    growth = 1 + (s - t) * path.sigma_dot(t) / path.sigma(t)
+    return bool(((growth < 0) & (path.sigma(s) > 0)).any())
 
 
 class RungeKutta(Solver):
@@ -80,28 +87,22 @@ class RungeKutta(Solver):
         0.09 / 0.02 / 0.005 on "karras".
         """
         grid = super().default_grid(path, steps)
-        t, s = grid[:-1], grid[1:]
-        growth = 1 + (s - t) * path.sigma_dot(t) / path.sigma(t)
-        turns = (growth < 0) & (path.sigma(s) > 0)
-        return make_grid(path, steps, "karras") if bool(turns.any()) else grid
+        return make_grid(path, steps, "karras") if _turns(path, tuple(grid.tolist())) else grid
 
     def init(self, field: Field, x: Event, t: Scalar) -> Any:
-        if isinstance(field, Bound) and field.grid is not None:
-            steps, inner = list(pairwise(field.grid.unbind())), {node for node in self.nodes if 0 < node < 1}
-            field.foresee([between(*step, node) for step in steps for node in inner])
+        inner = {node for node in self.nodes if 0 < node < 1}
+        if inner and isinstance(field, Bound) and field.grid is not None:
+            field.foresee([between(*step, node) for step in pairwise(field.grid.tolist()) for node in inner])
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        answers = [field(x, t)]
-        if scales(field, s)[1] == 0:
+        answers, start, end = [field(x, t)], float(t), float(s)
+        if scales(field, end)[1] == 0:
             return self.last_step(field, x, answers[0], t, s), state
-        h = float(s) - float(t)
-        velocities: list[Row] = [velocity_coefficients(field, t)]
-        known = {0.0: (t, velocities[0])}
+        h = end - start
+        velocities: list[Row] = [velocity_coefficients(field, start)]
         for node, row in zip(self.nodes[1:], self.rows):
-            if node not in known:
-                time = s if node == 1 else torch.tensor(between(t, s, node), dtype=torch.float64)
-                known[node] = time, velocity_coefficients(field, time)
-            time, (p, q) = known[node]
+            time = end if node == 1 else between(start, end, node)
+            p, q = velocity_coefficients(field, time)
             weights = stage_coefficients(h, row, velocities)
             answers.append(field(combined(x, answers, weights), time))
             velocities.append((*(p * w for w in weights), q))

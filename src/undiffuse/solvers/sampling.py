@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +115,10 @@ def sample(
     device, dtype = _placement(field, noise, device, dtype)
     cond = placed(cond, sizes[0], device)
     seed = fresh_seed() if seed is None else seed
-    streams = Streams(seed.keys, seed.draw) if isinstance(seed, Streams) else Streams.of(seed, sizes[0])
-    streams = Streams(streams.keys.to(device), streams.draw)
+    own = isinstance(seed, Streams)
+    streams = Streams(seed.keys.to(device), seed.draw) if own else Streams.of(seed, sizes[0], device=device)
     z = streams.normal(sizes, dtype=dtype, device=device) if noise is None else noise.to(device, dtype)
-    after_start = Streams(streams.keys, streams.draw + (noise is not None))
+    after_start = streams.at(streams.draw + (noise is not None))
     if isinstance(chosen, Kernel):
         if not (grid is None and corrector is None and callback is None and not denoise):
             raise ArgumentError(
@@ -162,13 +163,13 @@ def _follow_path(
     """The end of the path; where it is not finite, a second run finds the step to name."""
 
     def run(watching: Callable[[Step], object] | None) -> Tensor:
-        draw = StreamNoise(Streams(streams.keys, streams.draw), start.shape, start.dtype, start.device)
+        draw = StreamNoise(streams.at(streams.draw), start.shape, start.dtype, start.device)
         return integrate(bound, start, times, solver, draw, corrector=corrector, callback=watching)
 
     with evaluating(bound.field):
         x = run(watch)
         # One pass, one number: a sum is finite unless some entry is not (or the sum overflows, settled next).
-        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             run(_stop_at_first_bad)
     return x
 
@@ -252,16 +253,18 @@ def _placement(
     """Where x lives, and its dtype, float32 at least."""
     weights = field.parameters() if isinstance(field, nn.Module) else iter(())
     weight = next((p for p in weights if p.is_floating_point()), noise)
-    device = device if device is not None else weight.device if weight is not None else "cpu"
     like = noise if noise is not None else weight
     dtype = dtype if dtype is not None else like.dtype if like is not None else torch.float32
     if not dtype.is_floating_point:
         raise ArgumentError(f"dtype is {dtype}: expected a floating-point one")
+    dtype = torch.promote_types(dtype, torch.float32)
+    if device is None:
+        return weight.device if weight is not None else torch.device("cpu"), dtype
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"device '{device}' cannot be used here: {error}") from error
-    return torch.device(device), torch.promote_types(dtype, torch.float32)
+    return torch.device(device), dtype
 
 
 def placed(cond: Cond, rows: int, device: torch.device) -> Cond:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, combine, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
 from undiffuse.solvers.exponential import exponential_coefficients
+from undiffuse.solvers.sums import combine
 
 
 def posterior_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:
@@ -86,7 +87,7 @@ class EDM(Solver):
         if q == 0:
             return euler, state
         average = torch.lerp(first, field(euler, s), correction_weight(q))
-        return combine(x, on_x, average, on_denoised), state
+        return combine(x, on_x, average, on_denoised, spend=True), state
 
     def churn(self, field: Field, x: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """x carried up to a noisier time, and that time; as they are where this step has no churn."""

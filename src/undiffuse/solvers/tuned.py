@@ -26,8 +26,9 @@ from undiffuse.core.errors import ArgumentError, CheckpointError
 from undiffuse.core.files import replace_file
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Course, Event, Field, Noise, Scalar, Solver, weighted_sum
+from undiffuse.solvers.base import Course, Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.integrate import integrate
+from undiffuse.solvers.sums import weighted_sum
 from undiffuse.solvers.table_file import packed, unpacked
 
 MOST_CALLS = 64

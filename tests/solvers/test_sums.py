@@ -1,0 +1,189 @@
+"""Sums of tensors in few passes: against the plain formula, at every border, and nobody's tensor overwritten."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+import undiffuse as ud
+from solvers.measuring import F64, mixture, numbers
+from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, sample, sums, weighted_sum
+from undiffuse.solvers.polynomials import COORDINATES, flow_weights
+
+LARGE, PIECE = 16, 64
+SIZES = (LARGE - 1, LARGE, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE + 5)
+WEIGHTS = (0.7, -1.3, 0.2, 2.1, -0.4)
+# Where rounding changes no number of steps, and there are steps.
+STEPWISE = [name for name in SOLVERS if name not in ("stay", "picard", "dopri5", "tsit5", "bosh3", "adaptive-sde")]
+
+
+@pytest.fixture
+def small_pieces():
+    """Borders where small tensors cross them."""
+    with mock.patch.multiple(sums, _LARGE=LARGE, _PIECE=PIECE):
+        yield
+
+
+def plain(tensors, weights):
+    return sum(w * x.to(F64) for w, x in zip(weights, tensors))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("terms", range(1, 6))
+def test_a_sum_is_the_plain_one_at_every_border_and_a_new_tensor(terms, size):
+    tensors = [numbers(1, size, seed=seed).float() for seed in range(terms)]
+    before = [x.clone() for x in tensors]
+    with torch.no_grad():
+        total = weighted_sum(tensors, WEIGHTS[:terms])
+    assert torch.allclose(total.to(F64), plain(tensors, WEIGHTS), rtol=0, atol=2e-6)
+    assert total.dtype == torch.float32
+    assert all(map(torch.equal, tensors, before))
+    assert all(total.data_ptr() != x.data_ptr() for x in tensors)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "channels last": lambda x: x[None].contiguous(memory_format=torch.channels_last)[0],
+    "every other": lambda x: x[:, :, ::2],
+    "one row for all": lambda x: x[:, :1].expand(-1, 7, -1),
+    "float64": lambda x: x.double(),
+}
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sum_of_unlike_layouts_is_the_plain_one(layout, where):
+    given = [numbers(7, 7, 14, seed=seed).float() for seed in range(3)]
+    tensors = [x[:, :, ::2].contiguous() if layout == "every other" else x for x in given]
+    tensors[where] = LAYOUTS[layout](given[where])
+    with torch.no_grad():
+        total = weighted_sum(tensors, WEIGHTS[:3])
+    assert torch.allclose(total.to(F64), plain(tensors, WEIGHTS), rtol=0, atol=2e-6)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_gradients_pass_through_a_large_sum():
+    tensors = [numbers(3, PIECE, seed=seed).requires_grad_() for seed in range(3)]
+    for total, weights in (
+        (weighted_sum(tensors, WEIGHTS[:3]), WEIGHTS),
+        (combine(*_paired(tensors, 0.3)), (0.3, 0.7)),
+    ):
+        found = torch.autograd.grad(total.sum(), tensors[: len(weights[:3])], allow_unused=True)
+        for gradient, weight in zip(found, weights):
+            assert gradient is not None
+            assert torch.allclose(gradient, torch.full_like(gradient, weight), atol=1e-15)
+
+
+def _paired(tensors, a):
+    return tensors[0], a, tensors[1], 1 - a
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_narrow_types_of_autocast_do_not_reach_a_sum():
+    tensors = [numbers(3, PIECE, seed=seed).float() for seed in range(3)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        total = weighted_sum(tensors, WEIGHTS[:3])
+    assert torch.allclose(total.to(F64), plain(tensors, WEIGHTS), rtol=0, atol=2e-6)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.7), (0.3, 0.9), (-1.0, 2.0)])
+def test_what_is_spent_has_the_sum_and_the_other_stays(a, b):
+    for size in SIZES:
+        x, d = numbers(1, size), numbers(1, size, seed=1)
+        own, before = d.clone(), x.clone()
+        with torch.no_grad():
+            assert torch.allclose(combine(x, a, d, b), a * before + b * d, atol=1e-14)
+            assert torch.allclose(combine(x, a, own, b, spend=True), a * before + b * d, atol=1e-14)
+        assert torch.equal(x, before)
+
+
+class Listening(ud.Denoiser):
+    """Shrinks x; keeps what it was given and what it said, as it was and as it is. `alias`: says x itself."""
+
+    def __init__(self, path, alias=False):
+        super().__init__(path)
+        self.alias = alias
+        self.kept, self.copies = [], []
+
+    def forward(self, x_t, t, cond=None):
+        answer = x_t if self.alias else 0.3 * torch.tanh(x_t)
+        self.kept += [x_t, answer]
+        self.copies += [x_t.clone(), answer.clone()]
+        return answer
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("alias", [False, True], ids=["own", "alias"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_tensor_that_others_hold_is_overwritten(name, alias):
+    if name == "stay":
+        pytest.skip("it makes no step")
+    field, x = Listening(ud.Karras(), alias), 80 * numbers(3, PIECE).float()
+    states, before = [], x.clone()
+    steps = {"noise": x, "solver": name, "steps": 6, "seed": 0}
+    ud.sample(field, **steps, callback=lambda step: states.append((step.x, step.x.clone())))
+    assert torch.equal(x, before)
+    assert all(map(torch.equal, field.kept, field.copies))
+    assert all(torch.equal(state, copy) for state, copy in states)
+
+
+@pytest.mark.parametrize("path", [ud.Linear(), ud.VP(), ud.Karras()], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("name", STEPWISE)
+def test_pieces_change_a_run_by_rounding_only(name, path):
+    """Of the sums of a run, all in small pieces against none: in float64, where rounding is far below any error."""
+    denoiser, x = mixture().denoiser(path), path.prior_std * numbers(40, 2)
+    asked = {"noise": x, "solver": name, "steps": 7, "seed": 0}
+    with mock.patch.multiple(sums, _LARGE=LARGE, _PIECE=PIECE):
+        pieces = sample(denoiser, **asked)
+    assert torch.allclose(pieces, sample(denoiser, **asked), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("turn", [0.5, 15 / 16, "data"])
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_corrected_run_is_the_one_with_the_corrected_state_written_out(points, turn):
+    """Predict, evaluate, correct on Linear from alpha = 0, with x as corrected a tensor of its own."""
+    path, x = ud.Linear(), numbers(6, 2)
+    denoiser, grid = mixture().denoiser(path), torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1], dtype=F64)
+    solver = Multistep(points, turn, "angle", scale=1.0)
+    phi, field, state, now, found = solver.phi, Bound(denoiser), None, x, []
+    for t, s in itertools.pairwise(grid):
+        now, state = solver.step(field, now, t, s, state, None)
+        found.append(now)
+
+    def size(theta):
+        return math.cos(theta - phi)
+
+    def carried(y, start, end, nodes, values):
+        weights = flow_weights(phi, "exact", tuple(nodes), (start, end), COORDINATES["angle"])
+        scale = math.hypot(*_scales(path, end))
+        ratio = scale * size(end) / (math.hypot(*_scales(path, start)) * size(start))
+        return ratio * y + scale * size(end) * sum(w * v for w, v in zip(weights, values))
+
+    thetas = [math.atan2(t, 1 - t) for t in grid.tolist()]
+    # The first step: D at the angle that is asked instead of pi / 2, for x as pure noise.
+    asked = max(math.atan(20.0), 0.5 * (thetas[0] + thetas[1]))
+    u = path.time_of_angle(torch.tensor(asked, dtype=F64))
+    first = denoiser(x * u, u)
+    nodes, values = [asked], [math.cos(phi) * x - math.sin(phi) * first]
+    corrected, predicted = x, (1 - grid[1]) * first + grid[1] * x
+    for k, t in enumerate(grid[1:-1], start=1):
+        assert torch.allclose(found[k - 1], predicted, rtol=1e-11, atol=1e-11)
+        answer = denoiser(predicted, t)
+        noise = (predicted - (1 - t) * answer) / t
+        nodes = [thetas[k], *nodes][: points + 1]
+        values = [math.cos(phi) * noise - math.sin(phi) * answer, *values][: points + 1]
+        corrected = carried(corrected, thetas[k - 1], thetas[k], nodes, values)
+        predicted = carried(corrected, thetas[k], thetas[k + 1], nodes[:points], values[:points])
+    assert torch.allclose(found[-1], predicted, rtol=1e-11, atol=1e-11)
+
+
+def _scales(path, theta):
+    t = path.time_of_angle(torch.tensor(theta, dtype=F64))
+    return float(path.alpha(t)), float(path.sigma(t))
