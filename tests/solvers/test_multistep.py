@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from scipy.integrate import quad
 
 from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
+from undiffuse.fields import Denoiser
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
 from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, Singlestep, integrate, make_grid, sample
 from undiffuse.solvers.multistep import MULTISTEP
-from undiffuse.solvers.polynomials import COORDINATES, flow_weights, snr_weights, time_weights
+from undiffuse.solvers.polynomials import COORDINATES, flow_weights, lagrange, snr_weights, time_weights
 from undiffuse.solvers.sums import weighted_sum
 
 HALF = 0.5 * math.pi
@@ -185,6 +187,73 @@ def test_gradients_flow_through_a_run():
     assert torch.allclose(gradient.sum(1), (ahead - behind).sum(1) / 2e-6, rtol=1e-5)
 
 
+class Scripted(Denoiser):
+    """Answers by the time alone, a number for each sample."""
+
+    def __init__(self, path, answers):
+        super().__init__(path)
+        self.answers = answers
+
+    def forward(self, x_t, t, cond=None):
+        return self.answers[float(t)][:, None].expand_as(x_t)
+
+
+def scripted(rows):
+    """A field with the answers of each sample along seven times of a path, and these times."""
+    path = VP()
+    times = path.time_of(torch.linspace(-1.0, 2.0, 7, dtype=F64))
+    return Scripted(path, dict(zip(times.tolist(), torch.tensor(rows, dtype=F64).T))), times
+
+
+def walked(solver, field, times, steps, x):
+    """The states of a run."""
+    states, state, bound = [x], None, Bound(field)
+    for i in range(steps):
+        x, state = solver.step(bound, states[-1], times[i], times[i + 1], state, None)
+        states.append(x)
+    return states
+
+
+CAREFUL = Multistep(3, "data", "angle", corrector=False, scale=1.0, miss=0.5)
+
+
+def test_a_step_follows_as_many_evaluations_as_told_the_newest():
+    field, times = scripted([[0.0] * 7] * 5)
+    theta = field.path.angle(times)
+    line, square = 1 + 2 * theta, 3 * theta**2
+    bent = line.clone()
+    bent[0] += 40.0  # the parabola through the first three misses the fourth, the line through two does not
+    rows = [square, torch.full((7,), 1.0, dtype=F64), torch.full((7,), 1.0, dtype=F64), bent, line]
+    rows[1][3], rows[2][3] = 1.99, 2.02  # missed by 0.497 and 0.505 of the newest
+    field, times = scripted(torch.stack(rows).tolist())
+    states = walked(CAREFUL, field, times, 4, numbers(5, 2))
+    for sample_, count in enumerate((3, 3, 1, 2, 3)):
+        plain = replace(CAREFUL, points=count, miss=None)
+        state, bound = None, Bound(field)
+        for i in range(4):  # along the same states, with the memory of a plain method of that many points
+            x, state = plain.step(bound, states[i], times[i], times[i + 1], state, None)
+        assert torch.allclose(x[sample_], states[4][sample_], rtol=1e-12, atol=1e-12), sample_
+    usual = walked(replace(CAREFUL, miss=None), field, times, 4, numbers(5, 2))[-1]
+    assert float((usual - states[4])[2:4].abs().min()) > 1e-2
+
+
+def test_what_was_predicted_with_care_is_corrected_as_ever():
+    """Answers do not heed x, so the corrected states are those of a run that follows all; so is the step from them."""
+    careful = replace(CAREFUL, corrector=True)
+    row = torch.ones(7, dtype=F64)
+    field, times = scripted([row.tolist()] * 3)
+    theta = field.path.angle(times)
+    rows = torch.stack([row, row, 1 + theta])
+    rows[0, 3] = 9.0
+    known = lagrange(theta[1:4].flip(0).tolist(), theta[4:5].numpy())[:, 0]
+    rows[:, 4] = rows[:, 1:4].flip(1) @ torch.from_numpy(known)  # told exactly
+    field, times = scripted(rows.tolist())
+    some, all_ = (walked(solver, field, times, 5, numbers(3, 2)) for solver in (careful, replace(careful, miss=None)))
+    assert float((some[4] - all_[4])[0].abs().min()) > 1e-2
+    assert torch.allclose(some[4][1:], all_[4][1:], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(some[5], all_[5], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("settings", [{"rule": "exct"}, {"shares": (1.5,)}, {"shares": ()}, {"shares": (0.6, 0.3)}])
 def test_settings_of_single_steps_out_of_range(settings):
     with pytest.raises(ArgumentError):
@@ -212,6 +281,8 @@ def test_the_names_are_settings(name):
         ({"eta": -1.0}, "expected 0"),
         ({"eta": 1.0}, "without corrector"),
         ({"scale": 0.0}, "spread of the data"),
+        ({"miss": 0.0}, "a share above 0"),
+        ({"miss": 0.5, "variable": "time"}, "not for the variables"),
     ],
 )
 def test_settings_out_of_range(settings, words):

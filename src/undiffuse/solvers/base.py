@@ -74,6 +74,10 @@ class Solver(ABC):
         """The solver for data of that shape, (*event)."""
         return self
 
+    def unconditional(self) -> Solver:
+        """The solver without what it chooses by the model's answers, so that its steps are linear in these."""
+        return self
+
     def init(self, field: Field, x: Event, t: Scalar) -> Any:
         """What the first step needs to know of the past: nothing."""
         return None

@@ -27,7 +27,7 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
-from undiffuse.solvers.past import Past, Value, Weights, added, after, total
+from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, told_by, total
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 from undiffuse.solvers.sums import weighted_sum
@@ -51,7 +51,8 @@ class Multistep(Solver):
     ("data", "half-log-snr"), its 2M with the rule "midpoint"; UniPC (Zhao et al. 2023) that with the corrector; iPNDM
     (Zhang and Chen 2023, Liu et al. 2022) ("noise", "step") with the rule "mean"; the classical ones of Adams and
     Bashforth "velocity". The default is none of these: evaluations are turned nearly to the data, 15/16, polynomials
-    are of the angle, and the corrector is used; both ends of every path are then ordinary points.
+    are of the angle, and the corrector is used; both ends of every path are then ordinary points. With `miss` = 0.5 it
+    is `abm-4`.
 
     The first steps have fewer evaluations to go by and are of lower order. A step out of alpha = 0 has none before it,
     and asks at sigma / (scale alpha) = 20, where x is still its noise: there is no use in asking for the data's mean.
@@ -70,6 +71,9 @@ class Multistep(Solver):
             `for_event`.
         eta: noise as a share of the forward SDE's: 0 for the ODE, 1 for the reverse SDE of the path. For "data" in the
             half log-SNR, without corrector (Lu et al. 2022b, section 5; Xue et al. 2023); of weak order 2 at most.
+        miss: a sample's next step is predicted through as many evaluations as would have told the newest one to within
+            this share of the largest (lengths of P): far fewer where strong guidance makes the field stiff, where
+            extrapolations run away. None: through all. It needs a look at the answers, one wait for the device a step.
 
     Raises:
         ArgumentError: a setting out of its range, or eta with settings that it is not for.
@@ -82,6 +86,7 @@ class Multistep(Solver):
     rule: str = "exact"
     eta: float = 0.0
     scale: float | None = None
+    miss: float | None = None
 
     def __post_init__(self):
         if not (type(self.points) is int and 1 <= self.points <= 8):
@@ -101,6 +106,10 @@ class Multistep(Solver):
         if (self.rule == "mean" and self.eta) or (self.rule != "exact" and self.prediction == "velocity"):
             raise ArgumentError(
                 f"rule is '{self.rule}': expected 'exact' with prediction 'velocity', no 'mean' with eta"
+            )
+        if self.miss is not None and not (self.miss > 0 and self.variable not in ("time", "step") and not self.eta):
+            raise ArgumentError(
+                f"miss is {self.miss}: expected a share above 0; not for the variables 'time' and 'step', nor with eta"
             )
         if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
             raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr', without corrector")
@@ -138,6 +147,9 @@ class Multistep(Solver):
         """
         return self if self.scale is not None else replace(self, scale=max(1.0, 0.18 * math.sqrt(math.prod(event))))
 
+    def unconditional(self) -> Multistep:
+        return replace(self, miss=None)
+
     def default_grid(self, path: Path, steps: int) -> Float[Tensor, " n"]:
         """By angle "curved-angle" at the data's scale, else "canonical".
 
@@ -162,6 +174,13 @@ class Multistep(Solver):
         value = self._value(field, x, field(x, t), start, t)
         levels, values = (start, *past.levels), (value, *past.values)
         made = self._trusted(field, start, end, levels[: self.points])
+        if self.miss is not None and len(values) > 2:
+            places = self._coordinate(field)(np.array([level.theta for level in levels]))
+            counts = told_by(values[: self.points + 1], places, self.miss)
+            if counts is not None:  # of fewer than all in some samples
+                most = min(len(values) - 1, self.points)
+                fewer = [self._trusted(field, start, end, levels[:k]) for k in range(1, most)]
+                made = chosen([*fewer, made], counts - 1)
         again = self.corrector and past.x_next is x and past.made is not None
         moved = total(x, values, after(made, self._correction(field, past, start, levels)) if again else made)
         if self.eta and end.sigma > 0:
@@ -287,7 +306,7 @@ def DPMpp2M() -> Multistep:
 
 
 MULTISTEP: dict[str, Callable[[], Multistep]] = {
-    "abm-4": Multistep,
+    "abm-4": lambda: Multistep(miss=0.5),
     **{f"ab{k}": (lambda k=k: Multistep(k, "velocity", "time", corrector=False)) for k in (2, 3, 4)},
     **{f"deis-{k}": (lambda k=k: Multistep(k, "noise", "time", corrector=False)) for k in (2, 3)},
     "ipndm": lambda: Multistep(4, "noise", "step", corrector=False, rule="mean"),

@@ -1,4 +1,7 @@
-"""What a multistep run remembers, and sums of it: weights are of x and of evaluations, the newest first."""
+"""What a multistep run remembers, and sums of it: weights are of x and of evaluations, the newest first.
+
+A weight is a number, or one for each sample.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,19 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from undiffuse.core.shapes import pad_to
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
+from undiffuse.solvers.polynomials import lagrange
 from undiffuse.solvers.sums import weighted_sum
 
-Weights = tuple[float, Sequence[float]]
+Weight = float | Float[Tensor, " b"]
+Weights = tuple[Weight, Sequence[Weight]]
 
 
 class Value(NamedTuple):
@@ -36,7 +45,7 @@ class Past(NamedTuple):
     made: Weights | None = None
 
 
-def added(a: Sequence[float], b: Sequence[float]) -> list[float]:
+def added(a: Sequence[Weight], b: Sequence[Weight]) -> list[Weight]:
     """The sums of weights, of which there may be fewer in one than in the other."""
     return [v + w for v, w in zip_longest(a, b, fillvalue=0.0)]
 
@@ -54,9 +63,50 @@ def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
         for tensor, factor in zip(*value):
             if tensor is x:
                 on_x += w * factor
-            elif w != 0:
+            elif isinstance(w, Tensor) or w != 0:
                 tensors.append(tensor)
                 factors.append(w * factor)
-    if on_x == 0 and tensors:
-        return weighted_sum(tensors, factors)
-    return weighted_sum((x, *tensors), (on_x, *factors))
+    if isinstance(on_x, Tensor) or on_x != 0 or not tensors:
+        tensors, factors = [x, *tensors], [on_x, *factors]
+    if any(isinstance(w, Tensor) for w in factors):
+        each = [w if isinstance(w, Tensor) else x.new_full(x.shape[:1], w) for w in factors]
+        return torch.einsum("jb,jb...->b...", torch.stack([w.to(x) for w in each]), torch.stack(tensors))
+    return weighted_sum(tensors, factors)
+
+
+@torch.no_grad()
+def told_by(values: Sequence[Value], places: np.ndarray, miss: float) -> Int[Tensor, " b"] | None:
+    """Through how many evaluations before the newest a polynomial tells that, for each sample: the most, at least 1.
+
+    Told is what is within `miss` times the length of the longest. None: all tell it to all samples.
+
+    Args:
+        values: the newest first, three or more.
+        places: what the polynomials are functions of, at these.
+        miss: above 0.
+    """
+
+    def length(weights: Sequence[float]) -> Tensor:
+        tensors = [(tensor, w * factor) for value, w in zip(values, weights) for tensor, factor in zip(*value) if w]
+        return weighted_sum(*zip(*tensors)).flatten(1).norm(dim=1)
+
+    most = len(values) - 1
+    units = np.eye(len(values)).tolist()
+    allowed = miss * torch.stack([length(unit) for unit in units]).amax(0)
+    counts = torch.full(allowed.shape, most, device=allowed.device)
+    for count in range(most, 1, -1):
+        ahead = lagrange(places[1 : count + 1].tolist(), places[:1])[:, 0]
+        # Not where it is NaN, which the run will name.
+        lost = (length([1.0, *(-ahead).tolist()]) > allowed) & (counts == count)
+        if not bool(lost.any()):
+            break
+        counts = torch.where(lost, count - 1, counts)
+    return counts if bool((counts < most).any()) else None
+
+
+def chosen(choices: Sequence[Weights], which: Int[Tensor, " b"]) -> Weights:
+    """For each sample the weights of one choice; the last has the most."""
+    longest = len(choices[-1][1])
+    rows = [[on_x, *weights, *[0.0] * (longest - len(weights))] for on_x, weights in choices]
+    on_x, *columns = torch.tensor(rows, dtype=torch.float64, device=which.device)[which].unbind(1)
+    return on_x, columns

@@ -222,6 +222,8 @@ class _Recorder(Denoiser):
 def linear_table(solver: Solver, path: Path, steps: int, event: Sequence[int], grid: Tensor | None = None) -> Tuned:
     """The table of a deterministic solver with that many steps: its run is the solver's, to rounding.
 
+    Of a solver that chooses by the model's answers (`abm-4`) it is the table of its usual choice.
+
     Args:
         solver: not adaptive, and not one that solves all steps at once.
         path: on which it goes.
@@ -234,7 +236,7 @@ def linear_table(solver: Solver, path: Path, steps: int, event: Sequence[int], g
     """
     if solver.stochastic or solver.adaptive or solver.at_once:
         raise ArgumentError(f"{solver!r} is no table of numbers: expected a deterministic solver of fixed steps")
-    made = solver.for_event(tuple(event))
+    made = solver.for_event(tuple(event)).unconditional()
     times = made.default_grid(path, steps) if grid is None else grid
     recorder = _Recorder(path)
     x = torch.zeros(1, 2 + steps * max(1, math.ceil(made.evals_per_step)), dtype=torch.float64)
