@@ -26,7 +26,8 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, weighted_sum
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
-from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
+from undiffuse.solvers.noise_share import NoiseShare
+from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 
 TURNS = {"noise": 0.0, "data": 1.0}
@@ -45,7 +46,7 @@ class _Past:
     """What a run remembers: levels and values of its evaluations, the newest first, and its last step.
 
     `start` and `x` are where that step began, `x_next` what it made; another x met next was changed on the way, by a
-    corrector of noise say, and is taken as it is.
+    corrector of noise say, and is taken as it is. `drawn` is the noise of that step and its size, for a corrected one.
     """
 
     levels: tuple[Level, ...] = ()
@@ -53,6 +54,7 @@ class _Past:
     start: Level | None = None
     x: Tensor | None = None
     x_next: Tensor | None = None
+    drawn: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Multistep(Solver):
         scale: of the data, the unit of alpha in all of the above but "time" and "step"; None: by their size, see
             `for_event`.
         eta: noise as a share of the forward SDE's: 0 for the ODE, 1 for the reverse SDE of the path. For "data" in the
-            half log-SNR, without corrector (Lu et al. 2022b, section 5; Xue et al. 2023); of weak order 2 at most.
+            half log-SNR (`undiffuse.solvers.noise_share`; Lu et al. 2022b, section 5). A corrected step keeps the noise
+            that it was predicted with, as in SA-Solver (Xue et al. 2023). Of weak order 2 at most.
+        noisy: the values of sigma / alpha, whatever the scale, between which there is noise; nothing where eta = 0.
 
     Raises:
         ArgumentError: a setting out of its range, or eta with settings that it is not for.
@@ -94,6 +98,7 @@ class Multistep(Solver):
     rule: str = "exact"
     eta: float = 0.0
     scale: float | None = None
+    noisy: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self):
         if not (type(self.points) is int and 1 <= self.points <= 8):
@@ -114,13 +119,15 @@ class Multistep(Solver):
             raise ArgumentError(
                 f"rule is '{self.rule}': expected 'exact' with prediction 'velocity', no 'mean' with eta"
             )
-        if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
-            raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr', without corrector")
+        if self.eta and (self.prediction, self.variable) != ("data", "half-log-snr"):
+            raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr'")
+        if len(self.noisy) != 2 or not 0 <= self.noisy[0] < self.noisy[1]:
+            raise ArgumentError(f"noisy is {self.noisy}: expected (low, high), 0 <= low < high, of sigma / alpha")
 
     @property
     def order(self) -> float:  # type: ignore[override]
         if self.eta:
-            return min(self.points, 2)
+            return min(self.points + self.corrector, 2)
         return min(self.points + self.corrector, 8 if self.rule == "exact" else 2)
 
     @property
@@ -136,6 +143,11 @@ class Multistep(Solver):
         """The turn in radians."""
         share = TURNS.get(self.prediction, 0.0) if isinstance(self.prediction, str) else self.prediction
         return share * _QUARTER
+
+    @property
+    def noise_share(self) -> NoiseShare:
+        """eta by half log-SNR, of alpha in units of the scale."""
+        return NoiseShare.between(self.eta, self.noisy, self.unit)
 
     @property
     def unit(self) -> float:
@@ -177,21 +189,28 @@ class Multistep(Solver):
             x = self._moved(
                 field, past.x, past.start, start, (level, *past.levels)[: self.points + 1], (value, *past.values)
             )
+            x = _noised(x, past.drawn)
         levels, values = (level, *past.levels)[: self.points], (value, *past.values)[: self.points]
         moved = self._moved(field, x, start, end, levels, values)
-        if self.eta and end.sigma > 0:
-            h = end.half_log_snr - start.half_log_snr
-            moved = torch.add(moved, noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
-        return moved, _Past(levels, values, start, x, moved)
+        if not self.eta:
+            return moved, _Past(levels, values, start, x, moved)
+        std = self.noise_share.step(start, end)[1]
+        drawn = (noise(), std) if std > 0 else None
+        moved = _noised(moved, drawn)
+        return moved, _Past(levels, values, start, x, moved, drawn if self.corrector else None)
 
     def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
-        """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, x = sigma z, D asked where z is all but all of x."""
+        """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, z what is kept of `x / sigma` and fresh noise.
+
+        D is asked where `x / sigma` is all but all of x.
+        """
         theta = max(_EARLIEST, 0.5 * (start.theta + end.theta))
         t = field.path.time_of_angle(torch.tensor(own_angle(theta, self.unit), dtype=torch.float64))
         level = Level.of(field, t, self.unit)
         denoised = field(x * (level.sigma / start.sigma), t)
-        old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
-        moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
+        on_x, std = self.noise_share.step(start, end)
+        moved = weighted_sum((x, denoised), (on_x, end.alpha / self.unit))
+        moved = _noised(moved, (noise(), std) if std > 0 else None)
         # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
         if self.variable in _INFINITE:
             return moved, _Past()
@@ -257,7 +276,7 @@ class Multistep(Solver):
         if end.sigma == 0 and self.variable in ("half-log-snr", "step"):
             levels = levels[:1]
         if self.eta:
-            return self._noisy_weights(start, end, levels)
+            return self.noise_share.weights(self.rule, start, end, levels, end.alpha / self.unit)
         thetas = tuple(level.theta for level in levels)
         if self.prediction == "data" and end.sigma == 0:
             # The weight gathers at the end: what counts is the polynomial there.
@@ -272,19 +291,14 @@ class Multistep(Solver):
         found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
         return self._size(end) / self._size(start), [sign * w for w in found]
 
-    def _noisy_weights(self, start: Level, end: Level, levels: tuple[Level, ...]) -> tuple[float, Sequence[float]]:
-        if end.sigma == 0:
-            return 0.0, (end.alpha / self.unit,)
-        h = end.half_log_snr - start.half_log_snr
-        nodes = tuple(level.half_log_snr for level in levels)
-        span = (start.half_log_snr, end.half_log_snr)
-        found = snr_weights(1 + self.eta**2, self.rule, nodes, span)
-        return end.sigma / start.sigma * math.exp(-(self.eta**2) * h), [end.alpha / self.unit * w for w in found]
-
     def _coordinate(self, field: Field) -> Coordinate:
         if self.variable == "time":
             return TimeOf(field.path, self.unit)
         return COORDINATES.get(self.variable, COORDINATES["angle"])
+
+
+def _noised(x: Event, drawn: tuple[Tensor, float] | None) -> Event:
+    return x if drawn is None else torch.add(x, drawn[0], alpha=drawn[1])
 
 
 def _at(places: np.ndarray) -> list[float]:
@@ -307,4 +321,5 @@ MULTISTEP: dict[str, Callable[[], Multistep]] = {
     **{f"unipc-{k}": (lambda k=k: Multistep(k, "data", "half-log-snr")) for k in (2, 3)},
     "dpmpp-2m-sde": lambda: Multistep(2, "data", "half-log-snr", corrector=False, rule="midpoint", eta=1.0),
     "dpmpp-3m-sde": lambda: Multistep(3, "data", "half-log-snr", corrector=False, eta=1.0),
+    "sa-3": lambda: Multistep(3, "data", "half-log-snr", eta=1.0, noisy=(0.05, 1.0)),
 }
