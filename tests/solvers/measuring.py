@@ -54,7 +54,7 @@ SOLVERS = {**DETERMINISTIC, **STOCHASTIC}
 COUNTS = dict.fromkeys(("abm-4", "multistep 5", "multistep 3, velocity of the straight path"), (200, 400))
 COUNTS |= {"dpmpp-3m-sde": (800, 1600), "rk4": (40, 80), "sa-3": (1600, 3200)}
 # Where noise begins inside a step the error depends on where in it (see test_noise_share.py): here it is everywhere.
-MEASURED = {**SOLVERS, "sa-3": replace(MULTISTEP["sa-3"](), noisy=(0.0, math.inf))}
+MEASURED = SOLVERS | {name: replace(MULTISTEP[name](), noisy=(0.0, math.inf)) for name in ("sa-2", "sa-3")}
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -321,5 +321,6 @@ MULTISTEP: dict[str, Callable[[], Multistep]] = {
     **{f"unipc-{k}": (lambda k=k: Multistep(k, "data", "half-log-snr")) for k in (2, 3)},
     "dpmpp-2m-sde": lambda: Multistep(2, "data", "half-log-snr", corrector=False, rule="midpoint", eta=1.0),
     "dpmpp-3m-sde": lambda: Multistep(3, "data", "half-log-snr", corrector=False, eta=1.0),
+    "sa-2": lambda: Multistep(2, "data", "half-log-snr", rule="midpoint", eta=1.0, noisy=(0.05, 1.0)),
     "sa-3": lambda: Multistep(3, "data", "half-log-snr", eta=1.0, noisy=(0.05, 1.0)),
 }
