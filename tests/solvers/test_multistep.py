@@ -87,7 +87,7 @@ def test_the_noisy_weights_are_the_phi_functions_of_the_reverse_sde():
     nodes, span = (0.5, 0.5 - before), (0.5, 0.5 + h)
     one = 1 - math.exp(-kappa * h)
     two = h - one / kappa  # integral of kappa e^(kappa (u - h)) u
-    assert snr_weights(kappa, "exact", nodes, span) == pytest.approx([one + two / before, -two / before], rel=1e-11)
+    assert snr_weights(kappa, nodes, span) == pytest.approx([one + two / before, -two / before], rel=1e-11)
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.5, 15 / 16, 1.0])
@@ -279,7 +279,10 @@ def test_the_names_are_settings(name):
         ({"rule": "exct"}, "Did you mean 'exact'"),
         ({"variable": "step"}, "rule 'mean'"),
         ({"eta": -1.0}, "expected 0"),
-        ({"eta": 1.0}, "without corrector"),
+        ({"eta": 1.0}, "for prediction 'data' in 'half-log-snr'"),
+        ({"noisy": (1.0, 0.05)}, "0 <= low < high"),
+        ({"noisy": (-1.0, 1.0)}, "0 <= low < high"),
+        ({"noisy": (0.5,)}, "0 <= low < high"),
         ({"scale": 0.0}, "spread of the data"),
         ({"miss": 0.0}, "a share above 0"),
         ({"miss": 0.5, "variable": "time"}, "not for the variables"),

@@ -5,16 +5,32 @@ from __future__ import annotations
 import functools
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from solvers import test_annealed, test_corrector, test_identities, test_orders, test_reverse
+from solvers import test_annealed, test_corrector, test_identities, test_noise_share, test_orders, test_reverse
 from solvers.measuring import DETERMINISTIC
-from undiffuse.solvers import annealed, exponential, multistep, reverse, runge_kutta, singlestep, stochastic
+from undiffuse.paths import VP
+from undiffuse.solvers import (
+    annealed,
+    exponential,
+    multistep,
+    noise_share,
+    reverse,
+    runge_kutta,
+    singlestep,
+    stochastic,
+)
+from undiffuse.solvers.noise_share import NoiseShare
 
 ORDER = test_orders.test_the_declared_order_is_the_measured_one
 RECURSION = test_annealed.test_a_gaussian_keeps_to_the_exact_recursion
 BEST = test_annealed.test_the_chosen_steps_are_the_best_of_the_exact_recursion
 CHAIN = test_reverse.test_reverse_diffusion_is_the_published_chain
+NOISY = "multistep 1, corrected, with noise"
+RUN = test_noise_share.test_a_run_on_a_gaussian_is_the_exact_recursion
+STEP = test_noise_share.test_a_step_is_the_sde_s_wherever_the_noise_begins_and_ends
+FIRST = test_noise_share.test_out_of_alpha_0_the_noise_is_what_is_kept_and_what_is_fresh
 SETTLED = test_corrector.test_many_steps_settle_at_the_closed_form
 # module, function, index of the coefficient (None: the function returns one number), test, its arguments
 MUTATIONS = [
@@ -32,7 +48,10 @@ MUTATIONS = [
     *[(multistep, "flow_weights", 0, ORDER, (name, "vp")) for name in ("abm-4", "dpmpp-2m", "deis-3", "ipndm")],
     *[(multistep, "flow_weights", i, ORDER, ("unipc-3", "linear")) for i in range(3)],
     *[(multistep, "time_weights", i, ORDER, ("ab4", "vp")) for i in range(4)],
-    *[(multistep, "snr_weights", i, ORDER, ("dpmpp-2m-sde", "vp")) for i in range(2)],
+    *[(noise_share, "noisy_weights", i, ORDER, ("dpmpp-2m-sde", "vp")) for i in range(2)],
+    *[(noise_share, "noisy_weights", i, RUN, (True, 3, (0.4, 2.1), VP())) for i in range(4)],
+    *[(NoiseShare, "spread", i, ORDER, (NOISY, "vp")) for i in range(2)],
+    *[(NoiseShare, "spread", i, FIRST, (None,)) for i in range(2)],
     *[(singlestep, "flow_weights", 0, ORDER, (name, "vp")) for name in ("dpm-2", "dpm-3", "dpmpp-2s")],
     *[(stochastic, "posterior_coefficients", i, ORDER, ("ddpm", "linear")) for i in range(3)],
     *[(stochastic, "exponential_coefficients", i, ORDER, ("edm", "vp")) for i in range(2)],
@@ -81,6 +100,17 @@ def test_one_percent_is_noticed(module, function, index, test, arguments):
 
     with mock.patch.object(module, function, mutated), pytest.raises((AssertionError, ValueError)):
         test(*arguments)
+
+
+@pytest.mark.parametrize(("place", "function"), [(noise_share, "snr_weights"), (NoiseShare, "spent")])
+def test_one_percent_in_the_noise_s_own_integrals_is_noticed(place, function):
+    original, kept = getattr(place, function), noise_share.noisy_weights.__wrapped__  # nothing wrong may be kept
+    with (
+        mock.patch.object(place, function, lambda *args: 1.01 * np.array(original(*args))),
+        mock.patch.object(test_noise_share, "noisy_weights", kept),
+        pytest.raises(AssertionError),
+    ):
+        STEP(1.0, (0.7, 1.2), (-0.4, -0.8, -1.1, -1.9))
 
 
 @pytest.mark.parametrize("name", ["_STAGE", "_CORRELATION"])

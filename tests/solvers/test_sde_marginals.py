@@ -16,12 +16,12 @@ from undiffuse.core.random import Streams
 from undiffuse.fields.sde import ForwardSDE, ReverseSDE, euler_maruyama
 from undiffuse.metrics import energy_test
 from undiffuse.oracles import GaussianMixture
-from undiffuse.solvers import SRK, Heun, integrate
+from undiffuse.solvers import SOLVERS, SRK, Heun, integrate
 from worlds import PATHS
 
 STEPS = 400  # equal in half log-SNR, between 3 and -3
 AT = [40, 120, 200, 280, 380]  # the five times, counted from the data
-SEEDS = {"exact draws": 1, "forward": 2, "reverse": 3, "reverse, srk": 4, "ode": 5, "ode, heun": 6}
+SEEDS = {"exact draws": 1, "forward": 2, "reverse": 3, "reverse, srk": 4, "ode": 5, "ode, heun": 6, "reverse, sa-3": 7}
 
 
 def law() -> GaussianMixture:
@@ -49,9 +49,9 @@ def simulated(process, path, n, seed):
         sde = ReverseSDE(field, eta=1.0 if process == "reverse" else 0.0)
         return euler_maruyama(sde, x, times.flip(0), streams)[back]
     states = [x]
-    solver = SRK() if process == "reverse, srk" else Heun()
+    solver = {"reverse, srk": SRK(), "reverse, sa-3": SOLVERS["sa-3"]()}.get(process, Heun())
     draw = lambda: streams.normal((n, 2), dtype=F64)  # noqa: E731
-    grid = times.flip(0)[:: 1 if solver == Heun() else 4]  # half log-SNRs 0.06 apart are enough for SRK
+    grid = times.flip(0)[:: 1 if solver == Heun() else 4]  # half log-SNRs 0.06 apart are enough with noise
     integrate(field, x, grid, solver, draw, callback=lambda step: states.append(step.x))
     return torch.stack(states)[[k // (1 if solver == Heun() else 4) for k in back]]
 

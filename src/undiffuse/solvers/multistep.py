@@ -27,8 +27,9 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
+from undiffuse.solvers.noise_share import NoiseShare
 from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, told_by, total
-from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, snr_weights, time_weights
+from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 from undiffuse.solvers.sums import weighted_sum
 
@@ -70,7 +71,9 @@ class Multistep(Solver):
         scale: of the data, the unit of alpha in all of the above but "time" and "step"; None: by their size, see
             `for_event`.
         eta: noise as a share of the forward SDE's: 0 for the ODE, 1 for the reverse SDE of the path. For "data" in the
-            half log-SNR, without corrector (Lu et al. 2022b, section 5; Xue et al. 2023); of weak order 2 at most.
+            half log-SNR (`undiffuse.solvers.noise_share`; Lu et al. 2022b, section 5). A corrected step keeps the noise
+            that it was predicted with, as in SA-Solver (Xue et al. 2023). Of weak order 2 at most.
+        noisy: the values of sigma / alpha, whatever the scale, between which there is noise; nothing where eta = 0.
         miss: a sample's next step is predicted through as many evaluations as would have told the newest one to within
             this share of the largest (lengths of P): far fewer where strong guidance makes the field stiff, where
             extrapolations run away. None: through all. It needs a look at the answers, one wait for the device a step.
@@ -86,6 +89,7 @@ class Multistep(Solver):
     rule: str = "exact"
     eta: float = 0.0
     scale: float | None = None
+    noisy: tuple[float, float] = (0.0, math.inf)
     miss: float | None = None
 
     def __post_init__(self):
@@ -111,13 +115,15 @@ class Multistep(Solver):
             raise ArgumentError(
                 f"miss is {self.miss}: expected a share above 0; not for the variables 'time' and 'step', nor with eta"
             )
-        if self.eta and (self.prediction, self.variable, self.corrector) != ("data", "half-log-snr", False):
-            raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr', without corrector")
+        if self.eta and (self.prediction, self.variable) != ("data", "half-log-snr"):
+            raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr'")
+        if len(self.noisy) != 2 or not 0 <= self.noisy[0] < self.noisy[1]:
+            raise ArgumentError(f"noisy is {self.noisy}: expected (low, high), 0 <= low < high, of sigma / alpha")
 
     @property
     def order(self) -> float:  # type: ignore[override]
         if self.eta:
-            return min(self.points, 2)
+            return min(self.points + self.corrector, 2)
         return min(self.points + self.corrector, 8 if self.rule == "exact" else 2)
 
     @property
@@ -133,6 +139,11 @@ class Multistep(Solver):
         """The turn in radians."""
         share = TURNS.get(self.prediction, 0.0) if isinstance(self.prediction, str) else self.prediction
         return share * _QUARTER
+
+    @property
+    def noise_share(self) -> NoiseShare:
+        """eta by half log-SNR, of alpha in units of the scale."""
+        return NoiseShare.between(self.eta, self.noisy, self.unit)
 
     @property
     def unit(self) -> float:
@@ -183,19 +194,23 @@ class Multistep(Solver):
                 made = chosen([*fewer, made], counts - 1)
         again = self.corrector and past.x_next is x and past.made is not None
         moved = total(x, values, after(made, self._correction(field, past, start, levels)) if again else made)
-        if self.eta and end.sigma > 0:
-            h = end.half_log_snr - start.half_log_snr
-            moved = moved.add_(noise(), alpha=end.sigma * math.sqrt(-math.expm1(-2 * self.eta**2 * h)))
+        if self.eta:
+            # A corrected step keeps this noise: the correction is added to what was predicted.
+            moved = _noised(moved, noise, self.noise_share.step(start, end)[1])
         return moved, Past(levels[: self.points], values[: self.points], start, moved, made)
 
     def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
-        """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, x = sigma z, D asked where z is all but all of x."""
+        """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, z what is kept of `x / sigma` and fresh noise.
+
+        D is asked where `x / sigma` is all but all of x.
+        """
         theta = max(_EARLIEST, 0.5 * (start.theta + end.theta))
         t = field.path.time_of_angle(torch.tensor(own_angle(theta, self.unit), dtype=torch.float64))
         level = Level.of(field, t, self.unit)
         denoised = field(x * (level.sigma / start.sigma), t)
-        old, share = (noise(), end.sigma) if self.eta else (x, end.sigma / start.sigma)
-        moved = weighted_sum((old, denoised), (share, end.alpha / self.unit))
+        on_x, std = self.noise_share.step(start, end)
+        moved = weighted_sum((x, denoised), (on_x, end.alpha / self.unit))
+        moved = _noised(moved, noise, std)
         # In variables that are infinite at alpha = 0 this evaluation is too far back for the next step's polynomial.
         if self.variable in _INFINITE:
             return moved, Past()
@@ -205,13 +220,13 @@ class Multistep(Solver):
         else:
             on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
         if self.prediction == "data":
-            return moved, Past((level,), (Value((denoised,), (1.0,)),), start, moved, (share, (end.alpha / self.unit,)))
+            return moved, Past((level,), (Value((denoised,), (1.0,)),), start, moved, (on_x, (end.alpha / self.unit,)))
         value = self._kept((x, denoised), (on_noise / start.sigma, on_denoised))
         # With phi = 0 the value goes to infinity at the start and the step stays as it is; else D is made of x and P.
         made = None
         if self.phi > 0:
             on_value = end.alpha / self.unit / on_denoised
-            made = share - on_value * on_noise / start.sigma, (on_value,)
+            made = on_x - on_value * on_noise / start.sigma, (on_value,)
         return moved, Past((level,), (value,), start, moved, made)
 
     def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Value:
@@ -265,7 +280,7 @@ class Multistep(Solver):
         if end.sigma == 0 and self.variable in ("half-log-snr", "step"):
             levels = levels[:1]
         if self.eta:
-            return self._noisy_weights(start, end, levels)
+            return self.noise_share.weights(self.rule, start, end, levels, end.alpha / self.unit)
         thetas = tuple(level.theta for level in levels)
         if self.prediction == "data" and end.sigma == 0:
             # The weight gathers at the end: what counts is the polynomial there.
@@ -280,19 +295,15 @@ class Multistep(Solver):
         found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
         return self._size(end) / self._size(start), [sign * w for w in found]
 
-    def _noisy_weights(self, start: Level, end: Level, levels: tuple[Level, ...]) -> Weights:
-        if end.sigma == 0:
-            return 0.0, (end.alpha / self.unit,)
-        h = end.half_log_snr - start.half_log_snr
-        nodes = tuple(level.half_log_snr for level in levels)
-        span = (start.half_log_snr, end.half_log_snr)
-        found = snr_weights(1 + self.eta**2, self.rule, nodes, span)
-        return end.sigma / start.sigma * math.exp(-(self.eta**2) * h), [end.alpha / self.unit * w for w in found]
-
     def _coordinate(self, field: Field) -> Coordinate:
         if self.variable == "time":
             return TimeOf(field.path, self.unit)
         return COORDINATES.get(self.variable, COORDINATES["angle"])
+
+
+def _noised(x: Event, noise: Noise, std: float) -> Event:
+    """x, a tensor of the step's own, with fresh noise."""
+    return x.add_(noise(), alpha=std) if std > 0 else x
 
 
 def _at(places: np.ndarray) -> list[float]:
@@ -315,4 +326,6 @@ MULTISTEP: dict[str, Callable[[], Multistep]] = {
     **{f"unipc-{k}": (lambda k=k: Multistep(k, "data", "half-log-snr")) for k in (2, 3)},
     "dpmpp-2m-sde": lambda: Multistep(2, "data", "half-log-snr", corrector=False, rule="midpoint", eta=1.0),
     "dpmpp-3m-sde": lambda: Multistep(3, "data", "half-log-snr", corrector=False, eta=1.0),
+    "sa-2": lambda: Multistep(2, "data", "half-log-snr", rule="midpoint", eta=1.0, noisy=(0.05, 1.0)),
+    "sa-3": lambda: Multistep(3, "data", "half-log-snr", eta=1.0, noisy=(0.05, 1.0)),
 }

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from undiffuse.core.shapes import pad_to
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.polynomials import lagrange

@@ -108,18 +108,14 @@ def time_weights(nodes: tuple[float, ...], span: tuple[float, float]) -> tuple[f
     return tuple((half * lagrange(nodes, middle + half * _NODES) @ _WEIGHTS).tolist())
 
 
-@lru_cache(maxsize=16384)
-def snr_weights(kappa: float, rule: str, nodes: tuple[float, ...], span: tuple[float, float]) -> tuple[float, ...]:
-    """`integral of kappa e^{kappa (lambda - lambda_s)} l_j d lambda` over a step, of polynomials in the half log-SNR.
+def snr_weights(kappa: float, nodes: tuple[float, ...], span: tuple[float, float]) -> tuple[float, ...]:
+    """`integral of kappa e^{kappa (lambda - lambda_s)} l_j d lambda` over a span, of polynomials in the half log-SNR.
 
     The weights of E[x_0] in the reverse SDE whose noise is eta times the forward one's, kappa = 1 + eta^2.
     """
     start, end = span
-    length = -math.expm1(kappa * (start - end))
     if len(nodes) == 1:
-        return (length,)
-    if rule == "midpoint":
-        return tuple((length * lagrange(nodes, np.array([0.5 * (start + end)]))[:, 0]).tolist())
+        return (-math.expm1(kappa * (start - end)),)
     pieces = np.linspace(start, end, 1 + max(1, math.ceil(kappa * (end - start) / _PIECE)))
     half, middle = 0.5 * np.diff(pieces)[:, None], 0.5 * (pieces[1:] + pieces[:-1])[:, None]
     place = (middle + half * _NODES).ravel()
