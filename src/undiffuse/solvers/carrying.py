@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def _edges(places: Float[Tensor, " k"], span: tuple[float, float]) -> Tensor:
     a, b = span
     inner = places[(places > a) & (places < b)].tolist()
     edges = [a, *inner, b]
-    fine = [np.linspace(c, d, 1 + math.ceil((d - c) / _PIECE))[:-1] for c, d in zip(edges, edges[1:])]
+    fine = [np.linspace(c, d, 1 + math.ceil((d - c) / _PIECE))[:-1] for c, d in pairwise(edges)]
     return torch.from_numpy(np.append(np.concatenate(fine), b))
 
 

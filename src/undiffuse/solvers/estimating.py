@@ -34,10 +34,15 @@ from undiffuse.solvers.tuned import prediction_of, profile_of
 
 # Beyond these sigma / alpha all is noise, and all is data.
 _MOST, _LEAST = 200.0, 1e-3
-# Half the difference of the half log-SNR in which E[x_0] is followed along the flow.
-_NEAR = 0.01
+# E[x_0] is followed along the flow over so much of the half log-SNR to both sides, a power of the rounding of its
+# numbers: 0.019 for float32, 0.00012 for float64.
+_NEAR = 0.25
 # Where a remainder varies by less than this share of the terms that it is made of, it is one number with rounding.
 _ROUNDING = 1e-10
+# s is kept between these. Where l is the mean over two coordinates of a Gaussian, s = -2 + l_1 + 2 l_2 is in [-2, 1];
+# larger ones were met where a remainder is next to nothing (the ring in noise, f ~ e^(7 lambda)), and following it from
+# there is unstable: on the ring in VP, 5 calls, the error was 500 %, and is 4 %.
+_SCALINGS = (-3.0, 1.0)
 
 
 class Moments(NamedTuple):
@@ -83,17 +88,39 @@ def model_statistics(
     Raises:
         ArgumentError: fewer than 2 samples or places, or a denoiser that returns numbers that are not finite.
     """
-    n = len(x_0)
-    for name, value, least in (("x_0 samples", n, 2), ("places", places, 2), ("batch", batch, 1)):
-        if type(value) is not int or value < least:
-            raise ArgumentError(f"{name}: {value!r} given, expected a whole number of at least {least}")
     path, event = denoiser.path, tuple(x_0.shape[1:])
-    half_log_snr = _places(path, places)
+    for name, value, least in (("places", places, 2), ("batch", batch, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name} is {value!r}: expected a whole number of at least {least}")
+    if len(x_0) < 2:
+        raise ArgumentError(f"x_0 holds {len(x_0)} samples: expected at least 2, better some hundreds")
+    half_log_snr = _places(path, places, 1.1 * _near(x_0))
+    found = measured(denoiser, x_0, half_log_snr, cond=cond, seed=seed, batch=batch, callback=callback)
+    values = fitted(half_log_snr, _pooled(found) if shared else found)
+    if not all(bool(v.isfinite().all()) for v in values):
+        raise ArgumentError("the denoiser returned numbers that are infinite or NaN: it has no statistics")
+    about = {"n": len(x_0), "seed": seed, "shared": shared}
+    return ModelStatistics(half_log_snr, *values, profile_of(path), repr(path), event, prediction_of(denoiser), about)
+
+
+def measured(
+    denoiser: Denoiser,
+    x_0: Float[Tensor, "n *event"],
+    half_log_snr: Float[Tensor, " k"],
+    *,
+    cond: Cond = None,
+    seed: int = 0,
+    batch: int = 64,
+    callback: Callable[[int, int], object] | None = None,
+) -> Moments:
+    """Moments at places, stacked, in float64 on the CPU; arguments as of `model_statistics`."""
+    n, event = len(x_0), tuple(x_0.shape[1:])
     streams = Streams.of(seed, n)
     noise, sign = (streams.normal((n, *event), dtype=x_0.dtype, device=x_0.device) for _ in range(2))
-    sums = [_zero(event) for _ in range(places)]
+    noise = noise - noise.mean(0)  # its mean is known; in much noise b would be little else
+    sums = [_zero(event) for _ in half_log_snr]
     done = 0
-    with evaluating(denoiser), torch.no_grad():
+    with evaluating(denoiser):
         for rows in torch.arange(n).split(batch):
             some, drawn = rows.to(x_0.device), rows_of(cond, rows)
             for i, place in enumerate(half_log_snr.tolist()):
@@ -101,15 +128,8 @@ def model_statistics(
                 sums[i] = Moments(*(a + b / n for a, b in zip(sums[i], found)))
                 done += len(rows)
                 if callback is not None:
-                    callback(done, n * places)
-    stacked = Moments(*(torch.stack(part) for part in zip(*sums)))
-    linear, scaling, bias = fitted(half_log_snr, _pooled(stacked) if shared else stacked)
-    if not all(bool(v.isfinite().all()) for v in (linear, scaling, bias)):
-        raise ArgumentError("the denoiser returned numbers that are infinite or NaN: it has no statistics")
-    about = {"n": n, "seed": seed, "shared": shared}
-    return ModelStatistics(
-        half_log_snr, linear, scaling, bias, profile_of(path), repr(path), event, prediction_of(denoiser), about
-    )
+                    callback(done, n * len(half_log_snr))
+    return Moments(*(torch.stack(part) for part in zip(*sums)))
 
 
 def fitted(
@@ -134,13 +154,18 @@ def fitted(
     together = torch.einsum("ka...,kab...,kb...->k...", f, covariance, change)
     size = (f.square() * torch.stack([moments.second[:, a, a] for a in range(3)], 1)).sum(1)
     varies = spread > _ROUNDING * size
-    scaling = torch.where(varies, together / torch.where(varies, spread, 1.0), 0.0)
+    scaling = torch.where(varies, together / torch.where(varies, spread, 1.0), 0.0).clamp(*_SCALINGS)
     return linear, scaling, mean_change - scaling * mean
 
 
-def _places(path: Path, places: int) -> Float[Tensor, " k"]:
+def _near(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps ** _NEAR
+
+
+def _places(path: Path, places: int, free: float) -> Float[Tensor, " k"]:
+    """Equal steps; so much is left free at the ends of the path."""
     ends = path.half_log_snr(torch.tensor([path.t_high, path.t_low], dtype=torch.float64)).tolist()
-    first, last = max(ends[0] + 2 * _NEAR, -math.log(_MOST)), min(ends[1] - 2 * _NEAR, -math.log(_LEAST))
+    first, last = max(ends[0] + free, -math.log(_MOST)), min(ends[1] - free, -math.log(_LEAST))
     return torch.linspace(first, last, places, dtype=torch.float64)
 
 
@@ -172,11 +197,11 @@ def _moments(denoiser: Denoiser, x_0: Tensor, noise: Tensor, sign: Tensor, place
     t, alpha = level(place)
     u = x_0 + math.exp(-place) * noise
     value, pushed = jvp(lambda x: denoiser(x, t, cond), alpha * u, alpha * sign)
-    ends = []
-    for near in (_NEAR, -_NEAR):
-        t, alpha = level(place + near)
-        ends.append(denoiser(alpha * (u + near * (value - u)), t, cond))
-    z = torch.stack([u, value, (ends[0] - ends[1]) / (2 * _NEAR)], 1).to("cpu", torch.float64)
+    ends, near = [], _near(u)
+    for gap in (near, -near):
+        t, alpha = level(place + gap)
+        ends.append(denoiser(alpha * (u + gap * (value - u)), t, cond))
+    z = torch.stack([u, value, (ends[0] - ends[1]) / (2 * near)], 1).to("cpu", torch.float64)
     slope = (sign * pushed).sum(0).to("cpu", torch.float64)
     return Moments(slope, z.sum(0), torch.einsum("na...,nb...->ab...", z, z))
 

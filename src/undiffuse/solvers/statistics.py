@@ -142,7 +142,7 @@ class ModelStatistics:
             words["event"] = tuple(words["event"])
             return cls(**tensors, profile=profile, **words)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} holds no statistics that can be used: {error}. Estimate them anew") from error
+            raise CheckpointError(f"{file} holds no statistics that can be used: {error}. Make them anew") from error
 
     def with_about(self, **more: Any) -> ModelStatistics:
         """With more said of how they were made."""
