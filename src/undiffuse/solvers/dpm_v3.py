@@ -16,10 +16,9 @@ that all of them share, and
 anew with the f at its end among the f_j. In the half log-SNR `l = 0, s = -1, b = 0` and `l = 1, s = 0, b = 0` are the
 noise's and the data's methods of `Multistep`.
 
-Both ends are closed forms of Gaussian data, for which `l = sigma^2 / (alpha^2 c + sigma^2)` in a coordinate of variance
-c, and `x - alpha m` goes like `sigma / sqrt(l)`. From statistics' end to sigma = 0: `u + (E[x_0] - u) / (1 +
-sqrt(1 - l))`, E[x_0] itself where l = 1. From alpha = 0, where x is `sigma z`, to their beginning: `x = sigma z /
-sqrt(l) - alpha f / l`.
+From the statistics' end to sigma = 0 the step is that of Gaussian data, for which, in a coordinate of mean m and
+variance c, `l = sigma^2 / (alpha^2 c + sigma^2)` and x - alpha m goes like `sigma / sqrt(l)`: to `u + (E[x_0] - u) /
+(1 + sqrt(1 - l))`, E[x_0] itself where l = 1.
 """
 
 from __future__ import annotations
@@ -46,8 +45,6 @@ from undiffuse.solvers.statistics import ModelStatistics
 _INFINITE = ("half-log-snr", "sigma")
 # As `Multistep`: where alpha is 0 the model is asked at this sigma / (scale alpha), or in the middle of the step.
 _EARLIEST = 20.0
-# A model's own l is 1 there but for alpha^2; below this it is no model of noise.
-_LEAST_LINEAR = 0.5
 # x is u where alpha = 1.
 _UNIT = Level(0.0, 0.0, 1.0, 0.0)
 
@@ -144,7 +141,7 @@ class DPMv3(Solver):
     def _first(self, field: Field, x: Event, start: Level, end: Level) -> tuple[Level, Event, Event]:
         """Out of alpha = 0: a level inside, x there, and f, asked where x is nothing but its noise.
 
-        To the beginning of the statistics as Gaussian data, from there by their l.
+        To the beginning of the statistics as if E[x_0] stayed, `sigma z + alpha E[x_0]`, from there by their l.
         """
         earliest = math.atan(_EARLIEST * self._like.unit)
         theta = torch.tensor(max(earliest, 0.5 * (start.theta + end.theta)), dtype=torch.float64)
@@ -153,8 +150,7 @@ class DPMv3(Solver):
         pure = x * (level.sigma / start.sigma)
         value = self._remainder(field(pure, t), pure, level)
         place = min(float(self.statistics.half_log_snr[0]), level.half_log_snr)
-        linear = self._linear(place, x).clamp(_LEAST_LINEAR, 1.0)
-        u = x * (math.exp(-place) / start.sigma) / linear.sqrt() - value / linear
+        u = x * ((2 - self._linear(place, x)) * (math.exp(-place) / start.sigma)) - value
         if place < level.half_log_snr:
             # What statistics say of f counts for nothing here: it is taken as it was found.
             still = replace(self.statistics, scaling=_zero(self.statistics), bias=_zero(self.statistics))
