@@ -4,8 +4,8 @@ With `u = x / alpha` and lambda the half log-SNR, `u = E[x_0] + e^-lambda E[eps]
 `du/dlambda = E[x_0] - u = -l u - f`, `f = (sigma E[eps] - l x) / alpha = (1 - l) u - E[x_0]`, whatever l is. Zheng et
 al. (2023) choose for each coordinate
 
-    l = E[diag(sigma dE[eps]/dx)] = E[1 - alpha diag(dE[x_0]/dx)],    after which f depends least on x  (eq. 11);
-    s, b: the least squares of `df/dlambda`, along the flow, by `s f + b`                               (eq. 14).
+    l = E[diag(sigma dE[eps]/dx)] = E[1 - alpha diag(dE[x_0]/dx)],    after which f depends least on x;
+    s, b: the least squares of `df/dlambda`, along the flow, by `s f + b`.
 
 Expectations are over `x = alpha x_0 + sigma eps`. The diagonal is estimated by `v (dE[x_0]/dx v)`, v random signs, the
 derivative of E[x_0] along the flow by a central difference. As f is a sum of u and E[x_0], and its derivative one of
