@@ -292,6 +292,20 @@ def test_a_model_without_noise_in_its_data_ends_in_its_mean():
     assert float((x[:, None] - law.data).norm(dim=2).min(1).values.median()) < 1e-4
 
 
+def test_out_of_pure_noise_a_model_that_knows_its_data_makes_a_straight_line():
+    """E[x_0] = m whatever x: l = 1, and the flow is `alpha m + sigma z`."""
+
+    class Known(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return torch.full_like(x_t, 3.0)
+
+    path, z = ud.Linear(), numbers(4, 2)
+    solver = DPMv3(model_statistics(Known(path), 3.0 + 0 * z))
+    grid = torch.tensor([1.0, 0.7, 0.4], dtype=F64)
+    x = inner_run(solver, Known(path), z, grid)
+    assert torch.allclose(x, 0.6 * 3.0 + 0.4 * z, rtol=0, atol=1e-9)
+
+
 def test_between_places_a_cubic_is_itself_and_beyond_them_it_stays():
     places = torch.tensor([-2.0, -1.2, 0.1, 0.7, 1.9, 2.4], dtype=F64)
     values = 0.3 * places**3 - places + 0.5

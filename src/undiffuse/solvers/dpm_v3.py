@@ -5,10 +5,10 @@ Let `u = x / alpha`, lambda the half log-SNR. For any l(lambda), one number for 
     du/dlambda = -l u - f,    f = (sigma E[eps] - l x) / alpha = (1 - l) u - E[x_0]:
 
 with l = 0 that of DPM-Solver, with l = 1 that of DPM-Solver++, f = -E[x_0]. For any s and b the remainder is
-`f = e^S (g + B)` with `S' = s`, `B' = e^-S b`, and `g' = e^-S (f' - s f - b)`: where statistics say that `f' = s f + b`,
-g hardly changes, and a polynomial through its last values is put in its place. Here that is done with the f themselves.
-Each is carried to the step's start a along `f' = s f + b`; there it is g but for a factor and a term that all of them
-share, and
+`f = e^S (g + B)` with `S' = s`, `B' = e^-S b`, and `g' = e^-S (f' - s f - b)`: where statistics say that
+`f' = s f + b`, g hardly changes, and a polynomial through its last values is put in its place. Here that is done with
+the f themselves. Each is carried to the step's start a along `f' = s f + b`; there it is g but for a factor and a term
+that all of them share, and
 
     u_b = e^{L_a - L_b} u_a - integral from a to b of e^{L - L_b} (e^{S - S_a} sum_j w_j f_j + p) dlambda,
 

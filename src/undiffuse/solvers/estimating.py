@@ -39,9 +39,8 @@ _MOST, _LEAST = 200.0, 1e-3
 _NEAR = 0.25
 # Where a remainder varies by less than this share of the terms that it is made of, it is one number with rounding.
 _ROUNDING = 1e-10
-# s is kept between these. Where l is the mean over two coordinates of a Gaussian, s = -2 + l_1 + 2 l_2 is in [-2, 1];
-# larger ones were met where a remainder is next to nothing (the ring in noise, f ~ e^(7 lambda)), and following it from
-# there is unstable: on the ring in VP, 5 calls, the error was 500 %, and is 4 %.
+# s is kept between these. Where l is the mean over two coordinates of a Gaussian, s = -2 + l_1 + 2 l_2 is in [-2, 1].
+# Others are met where a remainder is next to nothing (the ring in much noise: 5 to 11), and are hard to estimate there.
 _SCALINGS = (-3.0, 1.0)
 
 
