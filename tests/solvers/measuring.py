@@ -87,7 +87,7 @@ def strong_error(solver: Solver, path: Path, counts: list[int]) -> list[float]:
     exact = exact_flow(denoiser, x, ends[0], ends[1])
     errors = []
     for n in counts:
-        grid, given = inner_grid(path, n), solver.points if isinstance(solver, Multistep) else 0
+        grid, given = inner_grid(path, n), getattr(solver, "points", 0)
         run, state, now = Bound(denoiser, grid=grid), None, x
         for i, (t, s) in enumerate(pairwise(grid.unbind())):
             now, state = solver.step(run, now, t, s, state, torch.zeros_like)

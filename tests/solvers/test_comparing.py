@@ -7,7 +7,7 @@ import torch
 
 import undiffuse as ud
 from undiffuse.core.errors import ArgumentError, SamplingError
-from undiffuse.solvers import DDIM, EDM, Cell, Comparison, Solver
+from undiffuse.solvers import DDIM, EDM, Cell, Comparison, Multistep, Solver, linear_table
 
 PATH = ud.Linear()
 SIZES = (9, 2)
@@ -107,6 +107,12 @@ def test_the_fewest_calls_at_the_level_are_recommended_else_the_least_error():
 def test_it_goes_through_json():
     found = fabricated()
     assert Comparison.from_dict(json.loads(json.dumps(found.to_dict() | {"run": "elsewhere"}))) == found
+
+
+def test_a_solver_that_was_made_for_one_shape_is_compared_too():
+    table = linear_table(Multistep(), PATH, 5, (2,))
+    found = ud.compare(world(), (2,), {"table": table, "abm-4": "abm-4"}, calls=(5,), n=9)
+    assert found.cell("table", "own", 5).error == pytest.approx(found.cell("abm-4", "own", 5).error, rel=1e-4)
 
 
 def test_noises_and_conditions_are_those_of_sample():

@@ -17,6 +17,7 @@ from undiffuse.cli.likelihood import likelihood
 from undiffuse.cli.recipes import recipes
 from undiffuse.cli.report import report
 from undiffuse.cli.sample import sample
+from undiffuse.cli.statistics import statistics
 from undiffuse.cli.train import train
 from undiffuse.cli.tune import tune
 
@@ -32,6 +33,7 @@ Examples:
   undiffuse likelihood digits                 bits per dimension of held-out data
   undiffuse compare digits                    which solver, in how many calls
   undiffuse tune digits --calls 8             a solver of 8 calls, fitted to the run
+  undiffuse statistics digits                 of the model, for the solver dpm-v3
   undiffuse report digits                     one HTML page
   torchrun --nproc-per-node 2 -m undiffuse.cli train digits
 """
@@ -65,7 +67,7 @@ def options(
     console.DEBUG = debug
 
 
-for command in (train, sample, edit, evaluate, likelihood, compare, tune, report, recipes, demo):
+for command in (train, sample, edit, evaluate, likelihood, compare, tune, statistics, report, recipes, demo):
     app.command()(console.guarded(command))
 app.command("import")(console.guarded(import_))
 

@@ -16,6 +16,7 @@ from undiffuse.core.errors import choose
 from undiffuse.recipes.build import solver as make_solver
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import load_run
+from undiffuse.recipes.tuned import STATISTICS
 from undiffuse.report.comparison import draw, markdown
 from undiffuse.solvers import KERNELS, OWN, SOLVERS, Comparison, Recommendation, Solver, compare
 from undiffuse.training.files import disk_errors, replace_file
@@ -55,7 +56,7 @@ class Job:
         """
         loaded = load_run(self.run)
         loaded.expect("denoiser")
-        solvers = self._solvers(loaded.recipe.settings)
+        solvers = self._solvers(loaded.recipe.settings, loaded.folder)
         model = Model.load(loaded, How(label=self.label, ema=self.ema, step=self.step, device=self.device))
         sampler = model.sampler
         assert isinstance(sampler, Sampler)
@@ -87,13 +88,13 @@ class Job:
         folder = loaded.folder / "compare" if out is None else out
         return Done(found, said, record, write(folder, found, advice, said, record, f"Solvers on {loaded.folder.name}"))
 
-    def _solvers(self, settings: Any) -> dict[str, str | Solver] | None:
+    def _solvers(self, settings: Any, folder: Path) -> dict[str, str | Solver] | None:
         """Solvers by what they were called; None for the usual ones."""
         if self.solvers is None:
             return None
         for text in self.solvers:
-            choose(text.partition(":")[0], {**SOLVERS, **KERNELS}, "solver")
-        return {text: text if text in KERNELS else made(text, settings) for text in self.solvers}
+            choose(text.partition(":")[0], {**SOLVERS, **KERNELS, STATISTICS: None}, "solver")
+        return {text: text if text in KERNELS else made(text, settings, folder) for text in self.solvers}
 
     def _line(self, settings: Any, advice: Recommendation) -> str:
         """The command that samples so; `--grid own` where the recipe has another."""
@@ -106,9 +107,9 @@ class Job:
         return shlex.join(words)
 
 
-def made(text: str, settings: Any) -> Solver:
-    """`edm:S_noise=1` as a solver."""
-    return make_solver(parse_solver(text, settings) or {})
+def made(text: str, settings: Any, folder: Path) -> Solver:
+    """`edm:S_noise=1` as a solver; "dpm-v3" by the statistics in a run's folder."""
+    return make_solver(parse_solver(text, settings, folder) or {})
 
 
 def in_words(advice: Recommendation, line: str) -> str:

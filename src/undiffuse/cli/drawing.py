@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
 from undiffuse.recipes.schema import SamplingSection
-from undiffuse.solvers import Tuned
+from undiffuse.recipes.tuned import IN_FOLDER
+from undiffuse.solvers import DPMv3, Tuned
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -99,12 +101,18 @@ class Model:
         if how.guide is not None and other is not None:
             model, guide = _guided(model, other, how.guide.scale, how.device)
         chosen = parse_solver(how.solver, settings, run.folder)
-        table = build.solver(chosen) if chosen is not None and chosen["name"] == "tuned" else None
-        if isinstance(table, Tuned):
-            note = _fits(table, how, seal_of(saved), ema) or note
+        own = build.solver(chosen) if chosen is not None and chosen["name"] in IN_FOLDER else None
+        if isinstance(own, Tuned):
+            note = _fits(own.about, how, seal_of(saved), ema) or note
+            if how.grid is not None:
+                raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
+        elif isinstance(own, DPMv3):
+            note = _fits(own.statistics.about, how, seal_of(saved), ema) or note
+            if own.statistics.about.get("classifier") != guide:
+                note = f"{how.solver} goes by statistics of the run with another guide, or none: make them for this one"
         given = {
             "solver": chosen,
-            "steps": table.made_for if table is not None and how.steps is None else how.steps,
+            "steps": own.made_for if own is not None and how.steps is None else how.steps,
             "grid": how.grid,
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
@@ -160,18 +168,12 @@ class Model:
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
 
 
-def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
-    """What is to be said of a tuned solver's use with other weights.
-
-    Raises:
-        ArgumentError: a grid with a solver that has its own.
-    """
-    if how.grid is not None:
-        raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
-    if table.about.get("weights") in (None, seal) and table.about.get("ema") in (None, ema):
+def _fits(about: Mapping[str, Any], how: How, seal: str, ema: str) -> str | None:
+    """What is to be said where a solver that was made for a run is used with other weights."""
+    if about.get("weights") in (None, seal) and about.get("ema") in (None, ema):
         return None
-    made = f"step {table.about.get('step')}, weights {table.about.get('ema')}"
-    return f"{how.solver} was fitted to other weights ({made}): tune it again for what it can do with these"
+    made = f"step {about.get('step')}, weights {about.get('ema')}"
+    return f"{how.solver} was fitted to other weights ({made}): make it again for what it can do with these"
 
 
 def _wanted(

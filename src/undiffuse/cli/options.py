@@ -32,7 +32,8 @@ Step = Annotated[int | None, typer.Option(help="Checkpoint of that training step
 SolverName = Annotated[
     str | None,
     typer.Option(
-        help="Solver, for example heun or edm:S_churn=40, or tuned-8 of `undiffuse tune`; of an energy, a kernel. "
+        help="Solver, for example heun or edm:S_churn=40, or one made for the run: tuned-8 of `undiffuse tune`, dpm-v3 "
+        "of `undiffuse statistics`; of an energy, a kernel. "
         "Default: the recipe's. Another than that comes without the recipe's corrector."
     ),
 ]
@@ -98,10 +99,10 @@ def write_seeds(seeds: np.ndarray) -> str:
 def parse_solver(text: str | None, settings: Settings, folder: Path | None = None) -> dict | None:
     """`"edm:S_churn=40,S_noise=1.003"` as a choice of solver for a run of that recipe (of an energy: of kernel).
 
-    `folder` is the run's, where "tuned-8" is looked for.
+    `folder` is the run's, where "tuned-8" and "dpm-v3" are looked for.
 
     Raises:
-        RecipeError: unknown solver or argument. ArgumentError: a tuned solver that the run does not have.
+        RecipeError: unknown solver or argument. ArgumentError: a solver of its own that the run does not have.
     """
     if text is None:
         return None

@@ -17,7 +17,7 @@ from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
 from undiffuse.recipes.schema import FactsSection
-from undiffuse.recipes.tuned import in_folder, tuned
+from undiffuse.recipes.tuned import IN_FOLDER, STATISTICS, in_folder
 from undiffuse.solvers import Tuned
 from undiffuse.training import Checkpoint, TrainResult, list_checkpoints, load_checkpoint, rebuild
 from undiffuse.training.state import restore_module
@@ -193,16 +193,22 @@ class Run:
         self.expect("classifier")
         return cast(NetworkClassifier, self.model(ema, step, device))
 
-    def solver(self, name: str) -> Tuned:
-        """A solver tuned to this run, by a name such as "tuned-8": `ud.sample(..., solver=run.solver("tuned-8"))`.
+    def solver(self, name: str, **settings: Any) -> Tuned | DPMv3:
+        """A solver made for this run: `ud.sample(..., solver=run.solver("tuned-8"))`.
+
+        Args:
+            name: "tuned-8", of `undiffuse tune`; "dpm-v3", of `undiffuse statistics`.
+            settings: of `DPMv3`, such as points=3.
 
         Raises:
             ArgumentError: no such solver; says which there are. CheckpointError: its file is damaged.
         """
-        found = in_folder({"name": name}, self.folder)
-        if found["name"] != "tuned":
-            raise ArgumentError(f"'{name}' is no solver tuned to this run: those are called tuned-CALLS")
-        return tuned(found["file"], found["sha256"])
+        found = in_folder({"name": name, **settings}, self.folder)
+        if found["name"] not in IN_FOLDER:
+            raise ArgumentError(
+                f"'{name}' is no solver tuned to this run: those are called tuned-CALLS, and {STATISTICS}"
+            )
+        return IN_FOLDER[found.pop("name")](**found)
 
     def expect(self, kind: str) -> None:
         """Refuse a run of another kind than "denoiser", "energy" or "classifier".

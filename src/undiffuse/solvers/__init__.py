@@ -7,12 +7,23 @@ from undiffuse.solvers.comparing import OWN, compare
 from undiffuse.solvers.comparison import Cell, Comparison, Recommendation
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
+from undiffuse.solvers.dpm_v3 import DPMv3
+from undiffuse.solvers.estimating import model_statistics
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
 from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
 from undiffuse.solvers.hamiltonian import HMC
-from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
+from undiffuse.solvers.integrate import (
+    CORRECTORS,
+    DPM_V3,
+    SOLVERS,
+    Corrector,
+    Step,
+    get_corrector,
+    get_solver,
+    integrate,
+)
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
@@ -22,6 +33,7 @@ from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, Stoc
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
 from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.singlestep import Singlestep
+from undiffuse.solvers.statistics import ModelStatistics
 from undiffuse.solvers.stochastic import DDPM, EDM
 from undiffuse.solvers.sums import combine, weighted_sum
 from undiffuse.solvers.tempering import ParallelTempering
@@ -32,6 +44,7 @@ __all__ = [
     "CORRECTORS",
     "DDIM",
     "DDPM",
+    "DPM_V3",
     "EDM",
     "GRIDS",
     "HMC",
@@ -52,6 +65,7 @@ __all__ = [
     "CompiledEnergy",
     "Corrector",
     "DPMpp2M",
+    "DPMv3",
     "Draws",
     "Euler",
     "EulerMaruyama",
@@ -60,6 +74,7 @@ __all__ = [
     "Langevin",
     "LangevinCorrector",
     "Midpoint",
+    "ModelStatistics",
     "Multistep",
     "ParallelTempering",
     "Picard",
@@ -84,6 +99,7 @@ __all__ = [
     "langevin_step",
     "linear_table",
     "make_grid",
+    "model_statistics",
     "rates",
     "sample",
     "scales",

@@ -154,7 +154,7 @@ def _fit(path: Path, pair: tuple[Named, str], event: tuple[int, ...], calls: int
     # The first and the last step may be closed forms of one call.
     for steps in range(min(calls, calls // solver.evals_per_step + 2), 0, -1):
         try:
-            info: Any = _run(_Free(path), (1, 1), solver, grid, steps, 0, None, return_info=True)
+            info: Any = _run(_Free(path), (1, *event), solver, grid, steps, 0, None, return_info=True)
         except SamplingError:
             continue
         except ArgumentError as failed:

@@ -49,6 +49,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     **MULTISTEP,
 }
 
+# The name that stands for `DPMv3`, which is nothing without statistics.
+DPM_V3 = "dpm-v3"
+
 
 @runtime_checkable
 class Corrector(Protocol):
@@ -88,6 +91,11 @@ def get_solver(solver: str | Solver) -> Solver:
     Raises:
         ArgumentError: an unknown name (the nearest is offered), or no solver.
     """
+    if solver == DPM_V3:
+        raise ArgumentError(
+            f"solver '{DPM_V3}' goes by statistics of the model: ud.DPMv3(ud.model_statistics(denoiser, x_0)). For a "
+            f"run: undiffuse statistics RUN, then run.solver('{DPM_V3}')"
+        )
     if isinstance(solver, str):
         return choose(solver, SOLVERS, "solver")()
     if not isinstance(solver, Solver):

@@ -17,7 +17,7 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Bound, Cond, Solver, StreamNoise, scales
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.grids import check_grid, make_grid
-from undiffuse.solvers.integrate import SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
+from undiffuse.solvers.integrate import DPM_V3, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.markov import Kernel
 
@@ -179,6 +179,8 @@ def _chosen(solver: str | Solver | Kernel) -> Solver | Kernel:
         return solver
     if not isinstance(solver, str):
         return get_solver(solver)
+    if solver == DPM_V3:
+        return get_solver(solver)  # says what it needs
     made = choose(solver, {**SOLVERS, **KERNELS}, "solver")
     try:
         return made()

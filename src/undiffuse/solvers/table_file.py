@@ -1,4 +1,4 @@
-"""The file of a solver's table: safetensors, with a checksum of the numbers, so that an altered one is told."""
+"""The file of a solver's numbers: safetensors, with a checksum of them, so that an altered one is told."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from undiffuse.core.errors import CheckpointError
 
-_FORMAT = "undiffuse-solver-1"
+
+class Kind(NamedTuple):
+    """What a file holds: the word in its header, the same for people, and how one is made."""
+
+    format: str
+    what: str
+    make: str
 
 
-def packed(tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> bytes:
+TABLE = Kind("undiffuse-solver-1", "tuned solver", "make one with ud.tune(...).save(file), or: undiffuse tune RUN")
+
+
+def packed(tensors: Mapping[str, Tensor], words: Mapping[str, Any], kind: Kind = TABLE) -> bytes:
     """The content of a file: tensors, and words that JSON can hold."""
     from safetensors.torch import save
 
     text = json.dumps(words)
-    return save(dict(tensors), {"format": _FORMAT, "words": text, "sha256": _seal(tensors, text)})
+    return save(dict(tensors), {"format": kind.format, "words": text, "sha256": _seal(tensors, text)})
 
 
-def unpacked(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unpacked(file: Path, kind: Kind = TABLE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `packed` was given.
 
     Raises:
@@ -33,17 +42,17 @@ def unpacked(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise CheckpointError(f"there is no file {file}: make one with ud.tune(...).save(file), or: undiffuse tune RUN")
+        raise CheckpointError(f"there is no file {file}: {kind.make}")
     try:
         with safe_open(str(file), "pt") as content:
             said = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read, it is cut short or no safetensors: {error}") from error
-    if said.get("format") != _FORMAT:
-        raise CheckpointError(f"{file} holds no tuned solver (format {said.get('format')!r}, expected {_FORMAT!r})")
+    if said.get("format") != kind.format:
+        raise CheckpointError(f"{file} holds no {kind.what} (format {said.get('format')!r}, expected {kind.format!r})")
     if said.get("sha256") != _seal(tensors, said.get("words", "")):
-        raise CheckpointError(f"{file} has been altered: its numbers are not those that were written. Tune it again")
+        raise CheckpointError(f"{file} has been altered: its numbers are not those that were written. Make it again")
     return tensors, json.loads(said["words"])
 
 
