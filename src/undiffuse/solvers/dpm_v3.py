@@ -34,12 +34,13 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, weighted_sum
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.carrying import Basis, Carriage, carriage
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.multistep import Multistep
 from undiffuse.solvers.polynomials import COORDINATES, lagrange
 from undiffuse.solvers.statistics import ModelStatistics
+from undiffuse.solvers.sums import weighted_sum
 
 # Infinite at sigma = 0, or at alpha = 0: no polynomial of them goes there.
 _INFINITE = ("half-log-snr", "sigma")
