@@ -27,7 +27,7 @@ from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
 from undiffuse.recipes.schema import SamplingSection
-from undiffuse.solvers import Tuned
+from undiffuse.solvers import OWN, Tuned
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -166,7 +166,7 @@ def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
     Raises:
         ArgumentError: a grid with a solver that has its own.
     """
-    if how.grid is not None:
+    if how.grid not in (None, OWN):
         raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
     if table.about.get("weights") in (None, seal) and table.about.get("ema") in (None, ema):
         return None

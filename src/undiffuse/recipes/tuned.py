@@ -39,6 +39,11 @@ def tuned(file: str, sha256: str | None = None) -> Tuned:
 TABLE: dict[str, Callable[..., Solver]] = {**SOLVERS, "tuned": tuned}
 
 
+def is_tuned(name: str) -> bool:
+    """Whether it is a name such as "tuned-8"."""
+    return _NAME.fullmatch(name) is not None
+
+
 def in_folder(choice: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A choice in which "tuned-8" is the file in a run folder; any other as it is.
 

@@ -4,7 +4,7 @@ from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, StreamNoise, combine, rates, scales, weighted_sum
 from undiffuse.solvers.comparing import OWN, compare
-from undiffuse.solvers.comparison import Cell, Comparison, Recommendation
+from undiffuse.solvers.comparison import Cell, Comparison, Judged, Recommendation
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM
@@ -55,6 +55,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "Heun",
+    "Judged",
     "Kernel",
     "Langevin",
     "LangevinCorrector",

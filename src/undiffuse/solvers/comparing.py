@@ -47,6 +47,7 @@ def compare(
     n: int = 32,
     seed: int | Sequence[int] = 0,
     cond: Cond = None,
+    noisy: bool = False,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> Comparison:
     """How far each solver ends from where the probability flow takes each noise, by grid and number of calls.
@@ -63,32 +64,38 @@ def compare(
         n: noises.
         seed: as in `sample`.
         cond: passed to every call, n rows.
+        noisy: keep solvers that draw noise, as rows without an error, for `Comparison.judge` to measure.
         progress: called with the calls made, all that will be made, and what is being done.
 
     Raises:
         ArgumentError: an unknown name, a solver that draws noise or chooses its own steps, calls < 1, n < 2.
         SamplingError: the truth itself cannot be found. That a solver fails is kept in its cell.
     """
-    pairs = _pairs(solvers, grids)
+    pairs = _pairs(solvers, grids, noisy)
     columns = _columns(calls)
     if not isinstance(n, int) or isinstance(n, bool) or n < 2:
         raise ArgumentError(f"n is {n!r}: expected at least 2 noises, better 32, for a median to mean something")
     fits = {(pair, k): _fit(denoiser.path, pair, tuple(shape), k) for pair in pairs for k in columns}
-    meter = _Meter(progress, CHECK_STEPS + sum(nfe for _, nfe, _ in fits.values()))
-    truth, gap = _truth(denoiser, (n, *shape), seed, cond, meter)
+    exact = {key: nfe for key, (_, nfe, _) in fits.items() if not key[0][0][1].stochastic}
+    meter = _Meter(progress, CHECK_STEPS + sum(exact.values()))
+    truth, gap = _truth(denoiser, (n, *shape), seed, cond, meter) if exact else (None, None)
     cells = []
     for (name, solver), grid in pairs:
         for k in columns:
-            steps, nfe, why = fits[((name, solver), grid), k]
+            key = ((name, solver), grid), k
+            steps, nfe, why = fits[key]
             error = median = None
-            if not why:
+            if not why and truth is not None and key in exact:
                 try:
                     x = _run(denoiser, truth.shape, solver, grid, steps, seed, cond)
                     error, median = relative_errors(x, truth)
                 except UndiffuseError as failed:
                     why = str(failed)
             cells.append(Cell(name, grid, k, steps, nfe, error, median, why))
-            meter.add(nfe, f"{name}, {k} calls")
+            if key in exact:
+                meter.add(nfe, f"{name}, {k} calls")
+    if truth is None:
+        return Comparison(tuple(cells), repr(denoiser.path), tuple(shape), n, None, "", None)
     words = f"{TRUTH.method} at {TRUTH.rtol:g}, checked by {CHECK_STEPS} steps of {CHECK} on {CHECK_GRID}"
     size = float(truth.double().square().mean().sqrt())
     return Comparison(tuple(cells), repr(denoiser.path), tuple(shape), n, size, words, gap)
@@ -109,7 +116,7 @@ def _columns(calls: Sequence[int]) -> list[int]:
 
 
 def _pairs(
-    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None, grids: Sequence[str] | None
+    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None, grids: Sequence[str] | None, noisy: bool
 ) -> list[tuple[Named, str]]:
     """What to run: named solvers, each with the name of a grid."""
     if isinstance(solvers, str) or isinstance(grids, str):
@@ -121,19 +128,23 @@ def _pairs(
         wanted = DEFAULT if grids is None else [(name, grid) for name in names for grid in grids]
         return [((name, get_solver(name)), grid) for name, grid in wanted]
     items = solvers.items() if isinstance(solvers, Mapping) else [(str(solver), solver) for solver in solvers]
-    named = [_checked(name, solver) for name, solver in items]
+    named = [_checked(name, solver, noisy) for name, solver in items]
     if not named or grids == []:
         raise ArgumentError("there is nothing to compare: name a solver and a grid at least, or leave them out")
     return list(dict.fromkeys((solver, grid) for solver in named for grid in grids or (OWN,)))
 
 
-def _checked(name: str, given: str | Solver) -> Named:
+def _checked(name: str, given: str | Solver, noisy: bool) -> Named:
     kernel = isinstance(given, str) and given in KERNELS
     solver = TRUTH if kernel else get_solver(given)
-    if kernel or solver.stochastic or solver.evals_per_step == 0:
+    if noisy and (kernel or solver.evals_per_step == 0):
         raise ArgumentError(
-            f"'{name}' draws noise of its own, so a noise has no one end to compare its sample with: take it out, and "
-            "measure its samples instead (undiffuse evaluate RUN --solver NAME)"
+            f"'{name}' follows no grid from noise to data, so its calls are not comparable: take it out"
+        )
+    if kernel or solver.evals_per_step == 0 or (solver.stochastic and not noisy):
+        raise ArgumentError(
+            f"'{name}' draws noise of its own, so a noise has no one end to compare its sample with: take it out, or "
+            "measure its samples instead (undiffuse compare RUN --metrics, undiffuse evaluate RUN --solver NAME)"
         )
     if solver.adaptive:
         raise ArgumentError(f"'{name}' takes as many calls as its tolerance asks for, not as many as are given: out")
@@ -152,9 +163,10 @@ def _fit(path: Path, pair: tuple[Named, str], event: tuple[int, ...], calls: int
     (_, solver), grid = pair
     solver = solver.for_event(event)
     # The first and the last step may be closed forms of one call.
-    for steps in range(min(calls, calls // solver.evals_per_step + 2), 0, -1):
+    counts = range(min(calls, calls // solver.evals_per_step + 2), 0, -1)
+    for steps in counts if solver.made_for is None else [solver.made_for]:
         try:
-            info: Any = _run(_Free(path), (1, 1), solver, grid, steps, 0, None, return_info=True)
+            info: Any = _run(_Free(path), (1, *event), solver, grid, steps, 0, None, return_info=True)
         except SamplingError:
             continue
         except ArgumentError as failed:
