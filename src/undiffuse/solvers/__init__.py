@@ -10,7 +10,7 @@ from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
-from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
+from undiffuse.solvers.grids import GRIDS, Spacing, check_grid, curved_angle, karras, make_grid, mixed
 from undiffuse.solvers.hamiltonian import HMC
 from undiffuse.solvers.integrate import CORRECTORS, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
@@ -69,6 +69,7 @@ __all__ = [
     "Sample",
     "Singlestep",
     "Solver",
+    "Spacing",
     "Stay",
     "Step",
     "StochasticHeun",
@@ -78,12 +79,15 @@ __all__ = [
     "check_grid",
     "combine",
     "compare",
+    "curved_angle",
     "get_corrector",
     "get_solver",
     "integrate",
+    "karras",
     "langevin_step",
     "linear_table",
     "make_grid",
+    "mixed",
     "rates",
     "sample",
     "scales",

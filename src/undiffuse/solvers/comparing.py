@@ -15,7 +15,7 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver, rows_of
 from undiffuse.solvers.comparison import Cell, Comparison
 from undiffuse.solvers.flow import Adaptive
-from undiffuse.solvers.grids import GRIDS
+from undiffuse.solvers.grids import GRIDS, Spacing
 from undiffuse.solvers.integrate import Step, get_solver
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.sampling import placed, sample
@@ -35,13 +35,15 @@ CHECK, CHECK_GRID, CHECK_STEPS, CHECKED = "abm-4", "half-log-snr", 200, 8
 USUAL = 300
 
 Named = tuple[str, Solver]
+# A name of a grid, and the grid: None is the solver's own.
+Placed = tuple[str, str | Spacing | Tensor | None]
 
 
 def compare(
     denoiser: Denoiser,
     shape: Sequence[int],
     solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None = None,
-    grids: Sequence[str] | None = None,
+    grids: Sequence[str] | Mapping[str, str | Spacing | Tensor] | None = None,
     calls: Sequence[int] = CALLS,
     *,
     n: int = 32,
@@ -59,7 +61,8 @@ def compare(
         denoiser: the model, called in its own precision.
         shape: of one sample, (*event).
         solvers: names, solvers, or solvers by the names to give them. None: nine choices of solver and grid.
-        grids: names of `GRIDS`, "own" for the solver's; every solver is run on each. None: its own.
+        grids: names of `GRIDS`, "own" for the solver's; or grids by the names to give them (one of times is for their
+            own number of steps only). Every solver is run on each. None: its own.
         calls: network calls allowed; a solver of k calls a step takes the most steps that fit.
         n: noises.
         seed: as in `sample`.
@@ -80,9 +83,9 @@ def compare(
     meter = _Meter(progress, CHECK_STEPS + sum(exact.values()))
     truth, gap = _truth(denoiser, (n, *shape), seed, cond, meter) if exact else (None, None)
     cells = []
-    for (name, solver), grid in pairs:
+    for (name, solver), (on, grid) in pairs:
         for k in columns:
-            key = ((name, solver), grid), k
+            key = ((name, solver), (on, grid)), k
             steps, nfe, why = fits[key]
             error = median = None
             if not why and truth is not None and key in exact:
@@ -91,7 +94,7 @@ def compare(
                     error, median = relative_errors(x, truth)
                 except UndiffuseError as failed:
                     why = str(failed)
-            cells.append(Cell(name, grid, k, steps, nfe, error, median, why))
+            cells.append(Cell(name, on, k, steps, nfe, error, median, why))
             if key in exact:
                 meter.add(nfe, f"{name}, {k} calls")
     if truth is None:
@@ -116,22 +119,32 @@ def _columns(calls: Sequence[int]) -> list[int]:
 
 
 def _pairs(
-    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None, grids: Sequence[str] | None, noisy: bool
-) -> list[tuple[Named, str]]:
-    """What to run: named solvers, each with the name of a grid."""
+    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None,
+    grids: Sequence[str] | Mapping[str, str | Spacing | Tensor] | None,
+    noisy: bool,
+) -> list[tuple[Named, Placed]]:
+    """What to run: named solvers, each with a named grid."""
     if isinstance(solvers, str) or isinstance(grids, str):
         raise ArgumentError(f"solvers = {solvers!r}, grids = {grids!r}: expected lists of names, for example ['heun']")
-    for grid in grids or ():
-        choose(grid, {**GRIDS, OWN: None}, "grid")
+    on = None if grids is None else _placed(grids)
     if solvers is None:
         names = dict.fromkeys(name for name, _ in DEFAULT)
-        wanted = DEFAULT if grids is None else [(name, grid) for name in names for grid in grids]
-        return [((name, get_solver(name)), grid) for name, grid in wanted]
+        usual = [(name, place) for name, grid in DEFAULT for place in _placed([grid])]
+        wanted = usual if on is None else [(name, place) for name in names for place in on]
+        return [((name, get_solver(name)), place) for name, place in wanted]
     items = solvers.items() if isinstance(solvers, Mapping) else [(str(solver), solver) for solver in solvers]
     named = [_checked(name, solver, noisy) for name, solver in items]
-    if not named or grids == []:
+    if not named or on == []:
         raise ArgumentError("there is nothing to compare: name a solver and a grid at least, or leave them out")
-    return list(dict.fromkeys((solver, grid) for solver in named for grid in grids or (OWN,)))
+    return list(dict.fromkeys((solver, place) for solver in named for place in on or _placed([OWN])))
+
+
+def _placed(grids: Sequence[str] | Mapping[str, str | Spacing | Tensor]) -> list[Placed]:
+    named = grids.items() if isinstance(grids, Mapping) else [(grid, grid) for grid in grids]
+    for _, grid in named:
+        if isinstance(grid, str):
+            choose(grid, {**GRIDS, OWN: None}, "grid")
+    return [(name, None if isinstance(grid, str) and grid == OWN else grid) for name, grid in named]
 
 
 def _checked(name: str, given: str | Solver, noisy: bool) -> Named:
@@ -158,13 +171,14 @@ class _Free(Denoiser):
         return torch.zeros_like(x_t)
 
 
-def _fit(path: Path, pair: tuple[Named, str], event: tuple[int, ...], calls: int) -> tuple[int, int, str]:
+def _fit(path: Path, pair: tuple[Named, Placed], event: tuple[int, ...], calls: int) -> tuple[int, int, str]:
     """The most steps within that many calls, the calls they take; and why there is none."""
-    (_, solver), grid = pair
+    (_, solver), (_, grid) = pair
     solver = solver.for_event(event)
     # The first and the last step may be closed forms of one call.
     counts = range(min(calls, calls // solver.evals_per_step + 2), 0, -1)
-    for steps in counts if solver.made_for is None else [solver.made_for]:
+    only = len(grid) - 1 if isinstance(grid, Tensor) else solver.made_for
+    for steps in counts if only is None else [only]:
         try:
             info: Any = _run(_Free(path), (1, *event), solver, grid, steps, 0, None, return_info=True)
         except SamplingError:
@@ -180,14 +194,13 @@ def _run(
     denoiser: Denoiser,
     sizes: Sequence[int],
     solver: Solver,
-    grid: str,
+    grid: str | Spacing | Tensor | None,
     steps: int,
     seed: int | Sequence[int] | Streams,
     cond: Cond,
     **more: Any,
 ) -> Any:
-    chosen = None if grid == OWN else grid
-    return sample(denoiser, tuple(sizes), solver=solver, grid=chosen, steps=steps, seed=seed, cond=cond, **more)
+    return sample(denoiser, tuple(sizes), solver=solver, grid=grid, steps=steps, seed=seed, cond=cond, **more)
 
 
 class _Meter:
