@@ -39,7 +39,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "Langevin", "LangevinCorrector", "Multistep",
-        "ParallelTempering", "Picard", "Singlestep", "Tuned", "Underdamped", "compare", "make_grid", "sample", "tune",
+        "ParallelTempering", "Picard", "Singlestep", "Tuned", "Underdamped", "compare", "make_grid", "optimise_grid",
+        "sample", "tune",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",

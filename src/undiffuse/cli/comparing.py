@@ -17,7 +17,7 @@ from undiffuse.core.errors import choose
 from undiffuse.recipes.build import solver as make_solver
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import Run, load_run
-from undiffuse.recipes.tuned import is_tuned
+from undiffuse.recipes.tuned import is_optimised, is_tuned
 from undiffuse.report.comparison import draw, markdown
 from undiffuse.solvers import KERNELS, OWN, SOLVERS, Comparison, Recommendation, Solver, compare
 from undiffuse.training.files import disk_errors, replace_file
@@ -73,7 +73,7 @@ class Job:
                 sampler.bounded,
                 sampler.facts.shape,
                 solvers,
-                self.grids,
+                self._grids(loaded),
                 self.calls,
                 n=self.n,
                 seed=seeds,
@@ -104,6 +104,12 @@ class Job:
                 choose(text.partition(":")[0], {**SOLVERS, **KERNELS}, "solver")
             found[text] = text if text in KERNELS else made(text, run)
         return found
+
+    def _grids(self, run: Run) -> dict[str, Any] | None:
+        """Grids by what they were called; None for the solvers' own."""
+        if self.grids is None:
+            return None
+        return {name: run.grid(name) if is_optimised(name) else name for name in self.grids}
 
     def _record(self, settings: Any, advised: list[Recommendation]) -> dict[str, Any]:
         """What is recommended: by the error where there is one, and by the first metric."""

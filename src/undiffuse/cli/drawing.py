@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
 from undiffuse.recipes.schema import SamplingSection
+from undiffuse.recipes.tuned import grid_in_folder, is_optimised
 from undiffuse.solvers import OWN, Tuned
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
@@ -105,11 +107,14 @@ class Model:
         given = {
             "solver": chosen,
             "steps": table.made_for if table is not None and how.steps is None else how.steps,
-            "grid": how.grid,
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
             "threshold": parse_threshold(how.threshold),
         }
+        if how.grid is not None and is_optimised(how.grid):
+            note = _place(given, how, run, saved, ema) or note
+        else:
+            given["grid"] = how.grid
         wanted, left_out = _wanted(settings.sampling, changes or {}, given)
         sampler = sampler_of(model, settings, label=how.label, **wanted)
         return cls(run, sampler, ema, saved.step, seal_of(saved), guide, note, left_out)
@@ -160,6 +165,21 @@ class Model:
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
 
 
+def _place(given: dict[str, Any], how: How, run: Run, saved: Checkpoint, ema: str) -> str | None:
+    """Puts the times of a fitted grid among what is given; what is to be said of its use with other weights.
+
+    Raises:
+        ArgumentError: another number of steps, or the run has no such grid.
+    """
+    assert how.grid is not None
+    found, seal = grid_in_folder(how.grid, run.folder)
+    if how.steps not in (None, found.steps):
+        raise ArgumentError(f"--steps {how.steps}: the grid {how.grid} has {found.steps} steps; leave them out")
+    times = tuple(found.grid(run.recipe.path()).tolist())
+    given |= {"grid": f"{how.grid} ({seal})", "times": times, "steps": found.steps}
+    return _other_weights(how.grid, found.about, seal_of(saved), ema)
+
+
 def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
     """What is to be said of a tuned solver's use with other weights.
 
@@ -168,10 +188,14 @@ def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
     """
     if how.grid not in (None, OWN):
         raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
-    if table.about.get("weights") in (None, seal) and table.about.get("ema") in (None, ema):
+    return _other_weights(str(how.solver), table.about, seal, ema)
+
+
+def _other_weights(name: str, about: Mapping[str, Any], seal: str, ema: str) -> str | None:
+    if about.get("weights") in (None, seal) and about.get("ema") in (None, ema):
         return None
-    made = f"step {table.about.get('step')}, weights {table.about.get('ema')}"
-    return f"{how.solver} was fitted to other weights ({made}): tune it again for what it can do with these"
+    made = f"step {about.get('step')}, weights {about.get('ema')}"
+    return f"{name} was fitted to other weights ({made}): tune it again for what it can do with these"
 
 
 def _wanted(

@@ -48,7 +48,11 @@ ThresholdName = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[
-    str | None, typer.Option(help="Grid of times, or own, the solver's. Default: the recipe's, else the solver's.")
+    str | None,
+    typer.Option(
+        help="Grid of times; own, the solver's; or optimised-8 of `undiffuse tune --only grid`. Default: the recipe's, "
+        "else the solver's."
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
 Classifier = Annotated[

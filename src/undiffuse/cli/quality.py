@@ -16,6 +16,7 @@ from undiffuse.cli.options import parse_solver
 from undiffuse.metrics import BETTER, Result
 from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.run import Run
+from undiffuse.recipes.tuned import grid_in_folder, is_optimised
 from undiffuse.solvers import OWN, Cell, Comparison, Judged
 
 RECIPE = "recipe"
@@ -100,9 +101,13 @@ class Quality:
         return {name: result.value for name, result in self.found[key].items()}
 
     def _for(self, cell: Cell, solver: dict[str, Any]) -> Model:
-        grid = None if cell.grid == OWN else cell.grid
+        grid, times = None if cell.grid == OWN else cell.grid, None
+        if is_optimised(cell.grid):
+            found, seal = grid_in_folder(cell.grid, self.model.run.folder)
+            grid, times = f"{cell.grid} ({seal})", found.times
         sampler: Any = self.model.sampler
-        return replace(self.model, sampler=replace(sampler, solver=solver, steps=cell.steps, grid=grid))
+        changed = replace(sampler, solver=solver, steps=cell.steps, grid=grid, times=times)
+        return replace(self.model, sampler=changed)
 
     def measure(self, found: Comparison, screen: Console) -> Comparison:
         """The comparison with the numbers of every cell that has not failed."""

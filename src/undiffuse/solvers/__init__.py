@@ -17,6 +17,7 @@ from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.multistep import DPMpp2M, Multistep
+from undiffuse.solvers.optimised import OptimisedGrid, fit_grid, optimise_grid
 from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
@@ -61,6 +62,7 @@ __all__ = [
     "LangevinCorrector",
     "Midpoint",
     "Multistep",
+    "OptimisedGrid",
     "ParallelTempering",
     "Picard",
     "Recommendation",
@@ -80,6 +82,7 @@ __all__ = [
     "combine",
     "compare",
     "curved_angle",
+    "fit_grid",
     "get_corrector",
     "get_solver",
     "integrate",
@@ -88,6 +91,7 @@ __all__ = [
     "linear_table",
     "make_grid",
     "mixed",
+    "optimise_grid",
     "rates",
     "sample",
     "scales",

@@ -117,8 +117,7 @@ class Tuned(Solver):
         Raises:
             ArgumentError: says which it is of.
         """
-        ours, theirs = torch.tensor(self.profile), torch.tensor(profile_of(path))
-        if not torch.allclose(ours, theirs, rtol=_SAME, atol=_SAME):
+        if not same_path(self.profile, path):
             raise ArgumentError(
                 f"this solver was made for the path {self.path}, not for {path}: tune one on that, or sample with "
                 "ud.on_path(denoiser, that path)"
@@ -197,6 +196,11 @@ def profile_of(path: Path) -> tuple[tuple[float, float], ...]:
     """Angle and `hypot(alpha, sigma)` at equal times from t_min to t_max: what tells a path from another."""
     times = torch.linspace(path.t_min, path.t_max, _PLACES, dtype=torch.float64)
     return tuple(zip(path.angle(times).tolist(), torch.hypot(path.alpha(times), path.sigma(times)).tolist()))
+
+
+def same_path(profile: Sequence[Sequence[float]], path: Path) -> bool:
+    """Whether a profile is that of a path."""
+    return torch.allclose(torch.tensor(profile), torch.tensor(profile_of(path)), rtol=_SAME, atol=_SAME)
 
 
 def prediction_of(denoiser: object) -> str | None:
