@@ -62,7 +62,7 @@ def seal_of(saved: Checkpoint) -> str:
 class Model:
     """A trained model ready to sample, and what identifies it; `guide` identifies the classifier that guides it.
 
-    `left_out` is the recipe's corrector in words, where another solver was chosen and nothing was said of it.
+    `left_out` is the recipe's corrector and grid in words, where another solver was chosen and neither was given.
     """
 
     run: Run
@@ -125,7 +125,7 @@ class Model:
         chosen = f"{self.sampler.said}, {self.sampler.steps} steps, {self.nfe} network calls each"
         if self.left_out is None:
             return chosen
-        return f"{chosen} (without the recipe's corrector {self.left_out}, which belongs to its own solver)"
+        return f"{chosen} (without the recipe's {self.left_out}: that is for its own solver)"
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
@@ -201,10 +201,14 @@ def _other_weights(name: str, about: Mapping[str, Any], seal: str, ema: str) -> 
 def _wanted(
     section: SamplingSection, changes: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """What differs from a recipe's `sampling`; and its corrector in words, where another solver takes that away."""
+    """What differs from a recipe's `sampling`; and its corrector and grid in words, where another solver has none."""
     before, after = overlaid(section, changes), overlaid(section, changes, given)
-    had, has = (layer.get("corrector", section.corrector) for layer in (before, after))
-    return after, said(had) if had is not None and had != has and given["corrector"] is None else None
+    left = []
+    for key, in_words in (("corrector", said), ("grid", str)):
+        had, has = (layer.get(key, getattr(section, key)) for layer in (before, after))
+        if had is not None and had != has and given.get(key) is None:
+            left.append(f"{key} {in_words(had)}")
+    return after, " and ".join(left) or None
 
 
 def _guided(denoiser: Any, other: Run, scale: float, device: str) -> tuple[ClassifierGuidance, dict[str, Any]]:

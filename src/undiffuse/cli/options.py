@@ -33,7 +33,7 @@ SolverName = Annotated[
     str | None,
     typer.Option(
         help="Solver, for example heun or edm:S_churn=40, or tuned-8 of `undiffuse tune`; of an energy, a kernel. "
-        "Default: the recipe's. Another than that comes without the recipe's corrector."
+        "Default: the recipe's. Another than that comes without the recipe's corrector, on its own grid."
     ),
 ]
 CorrectorName = Annotated[
@@ -50,8 +50,8 @@ Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the reci
 GridName = Annotated[
     str | None,
     typer.Option(
-        help="Grid of times; own, the solver's; or optimised-8 of `undiffuse tune --only grid`. Default: the recipe's, "
-        "else the solver's."
+        help="Grid of times; own, the solver's; or optimised-8 of `undiffuse tune --only grid`. Default: the recipe's "
+        "with its solver, else the solver's."
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
