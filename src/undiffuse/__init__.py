@@ -40,7 +40,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "undiffuse.solvers": (
         "HMC", "MALA", "Adaptive", "AnnealedLangevin", "DPMv3", "Langevin", "LangevinCorrector", "ModelStatistics",
         "Multistep", "ParallelTempering", "Picard", "Singlestep", "Tuned", "Underdamped", "compare", "make_grid",
-        "model_statistics", "sample", "tune",
+        "model_statistics", "optimise_grid", "sample", "tune",
     ),
     "undiffuse.inference": (
         "annealed_importance_sampling", "bits_per_dim", "bracket_log_z", "colourise", "decode", "encode", "inpaint",

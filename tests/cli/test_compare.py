@@ -75,6 +75,85 @@ def test_the_label_is_that_of_all(run, command):
     assert cells[0] != cells[1]
 
 
+MEASURED = ["--solvers", "heun,ddpm", "--grids", "karras", "--calls", "6", "--n", 2]
+
+
+def test_quality_is_what_evaluate_measures(run, command):
+    """Every cell, stochastic ones too: the same seeds, split and number as `evaluate` for that solver and grid."""
+    made = command("compare", run, *MEASURED, "--metrics", "sliced-wasserstein,nearest", "--metrics-n", 40, "--json")
+    assert made.exit_code == 0, made.stderr
+    record = made.json()
+    assert record["judged"]["better"] == {"sliced-wasserstein": "least", "nearest": None}
+    lines = [json.loads(line) for line in (run / "compare/compare.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2
+    for cell in record["cells"]:
+        how = ["--solver", cell["solver"], "--grid", "karras", "--steps", cell["steps"], "--n", 40]
+        asked = command("evaluate", run, *how, "--metrics", "sliced-wasserstein,nearest", "--json")
+        assert asked.exit_code == 0, asked.stderr
+        for result in asked.json()["results"]:
+            assert cell["quality"][result["name"]] == pytest.approx(result["value"], rel=1e-4)
+            assert record["judged"]["beside"]["held-out"][result["name"]] == result["references"]["held-out"]
+            (line,) = [one for one in lines if one["name"] == result["name"] and one["protocol"] == result["protocol"]]
+            assert line["value"] == cell["quality"][result["name"]]
+    heun, ddpm = record["cells"]
+    assert heun["median"] is not None
+    assert ddpm["median"] is None
+    assert not ddpm["failure"]
+    least = min(record["cells"], key=lambda cell: cell["quality"]["sliced-wasserstein"])
+    assert record["recommended_by_metric"]["metric"] == "sliced-wasserstein"
+    assert record["recommended_by_metric"]["solver"] == least["solver"]
+    assert Comparison.from_dict(record).to_dict() == {key: record[key] for key in Comparison.__dataclass_fields__}
+
+
+def test_stochastic_solvers_alone_have_no_truth(run, command):
+    words = ["--solvers", "ddpm", "--calls", "3,4", "--metrics", "mmd", "--metrics-n", 16]
+    made = command("compare", run, *words, "--json")
+    assert made.exit_code == 0, made.stderr
+    record = made.json()
+    assert (record["truth_error"], record["size"], record["recommended"]) == (None, None, None)
+    text = (run / "compare/compare.md").read_text()
+    assert "mmd of 16 samples against" in text
+    assert "Error of the median" not in text
+    assert record["recommended_by_metric"]["command"] in text
+    with Image.open(run / "compare/compare.png") as picture:
+        one = picture.height
+    made = command("compare", run, "--solvers", "ddpm,ddim", *words[2:])
+    assert made.exit_code == 0, made.stderr
+    with Image.open(run / "compare/compare.png") as picture:
+        assert picture.height == 2 * one  # the error's panel, and the number's
+
+
+def test_a_tuned_solver_is_compared_at_its_own_calls(run, command):
+    made = command("tune", run, "--calls", 3, "--n", 32, "--most-steps", 1, "--reference", 20)
+    assert made.exit_code == 0, made.stderr
+    made = command("compare", run, "--solvers", "tuned-3", "--calls", "2,3,5", "--n", 2, "--json")
+    assert made.exit_code == 0, made.stderr
+    record = made.json()
+    assert [cell["steps"] for cell in record["cells"]] == [0, 3, 3]
+    assert record["recommended"]["solver"] == "tuned-3"
+    drawn = command(*record["recommended"]["command"].split()[1:], "--seeds", "0", "--format", "npz")
+    assert drawn.exit_code == 0, drawn.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metrics", "frechett"], "Did you mean 'frechet'"),
+        (["--metrics", "precision-recall", "--metrics-n", "3"], "3 samples"),
+        (["--metrics", "frechet", "--metrics-n", "1"], "evaluation.n"),
+        (["--metrics-n", "50"], "--metrics recipe"),
+        (["--metrics", "frechet", "--solvers", "mala"], "follows no grid"),
+        (["--metrics", "frechet", "--solvers", "stay"], "follows no grid"),
+        (["--metrics", "accuracy"], "of kind classifier"),
+    ],
+)
+def test_refusals_of_metrics(run, command, words, message):
+    result = command("compare", run, *words)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+    assert not (run / "compare").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,5 +1,7 @@
 """`edit`: what is known of a picture is in the result, bit for bit where the file can hold it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,20 @@ def test_points_are_no_pictures(plane_run, command, tmp_path):
     done = command("edit", plane_run.folder, "inpaint", "a.png", "--box", "0,0,4,4", "--label", 0)
     assert done.exit_code == 2
     assert "are no pictures" in done.stderr
+
+
+def test_a_solver_of_all_steps_at_once_is_refused_before_anything_is_done(image_run, command, tmp_path):
+    """Nothing can be imposed between its steps; the reason, and what to take."""
+    folder = tmp_path / "run"
+    shutil.copytree(image_run.folder, folder)
+    saved(tmp_path / "a.png", (8, 8))
+    made = command("tune", folder, "--calls", 3, "--n", 32, "--most-steps", 1, "--reference", 20)
+    assert made.exit_code == 0, made.stderr
+    for solver, name in (("picard", "Picard"), ("tuned-3", "Tuned")):
+        words = ["--box", "2,1,6,4", "--label", 1, "--out", "out", "--solver", solver]
+        done = command("edit", folder, "inpaint", "a.png", *words)
+        assert done.exit_code == 2
+        assert f"solver {name}: it makes all steps at once" in done.stderr
+        assert "ddpm" in done.stderr
+        assert done.stdout == ""
+    assert not (tmp_path / "out").exists()

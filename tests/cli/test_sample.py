@@ -297,7 +297,7 @@ def test_what_another_solver_leaves_out_is_said(image_run, command, tmp_path):
     assert "ddpm + langevin(snr=0.16, steps=1, rule=score), 3 steps" in whole.stderr
     assert "without" not in whole.stderr
     assert (
-        "(without the recipe's corrector langevin(snr=0.16, steps=1, rule=score), which belongs to its own"
+        "(without the recipe's corrector langevin(snr=0.16, steps=1, rule=score) and grid karras: that is for its own"
         in other.stderr
     )
     assert whole.json()["corrector"]["snr"] == 0.16

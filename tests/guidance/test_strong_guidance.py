@@ -75,8 +75,8 @@ def in_ten_calls(field: ud.Denoiser, x: torch.Tensor, name: str) -> torch.Tensor
 
 
 # How many times the largest entry of the exact samples a solver's may be, measured and a tenth more, and the relative
-# error of the whole. The higher the order the worse, on the narrow ring, but for `abm-4`, which notices (`miss`); before it
-# had 3.9 and 3.03.
+# error of the whole. The higher the order the worse, on the narrow ring, but for `abm-4`, which notices (`miss`).
+# Without that it has 3.9 and 3.03.
 MEASURED = {
     "ddim": (1.7, 0.26),
     "euler": (1.7, 0.26),

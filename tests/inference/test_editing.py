@@ -240,3 +240,10 @@ def test_minus_zero_is_kept_bit_for_bit():
     image, mask = torch.tensor([[-0.0, 0.0, 9.0, 9.0]], dtype=F64), torch.tensor([True, True, False, False])
     x = ud.inpaint(law.denoiser(ud.VP()), image, mask, steps=3, seed=0)
     assert torch.equal(x[:, :2].view(torch.int64), image[:, :2].view(torch.int64))
+
+
+@pytest.mark.parametrize("solver", ["picard", ud.Picard()])
+def test_a_solver_of_all_steps_at_once_is_refused(solver):
+    law = ud.GaussianMixture(torch.zeros(1, 2, dtype=F64), torch.ones(1, dtype=F64))
+    with pytest.raises(ArgumentError, match="all steps at once, and editing imposes"):
+        ud.inpaint(law.denoiser(ud.Linear()), numbers(3, 2), torch.tensor([True, False]), solver=solver)

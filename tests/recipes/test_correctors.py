@@ -76,9 +76,10 @@ def test_another_solver_comes_without_the_recipe_s_corrector(run):
         other = model(solver)
         assert other.sampler.corrector is None
         assert other.said.startswith(f"{other.sampler.said}, 3 steps, ")
-        assert "(without the recipe's corrector langevin(snr=0.1, steps=2, rule=score), which belongs" in other.said
+        left = "corrector langevin(snr=0.1, steps=2, rule=score) and grid time"
+        assert f"(without the recipe's {left}: that is for its own solver)" in other.said
         assert calls is None or other.nfe == calls + 1  # and the last denoising, which is the path's
-        chosen = {"solver": solver, "steps": 3, "grid": "time", "denoise": True}
+        chosen = {"solver": solver, "steps": 3, "denoise": True}
         options = {"seed": [5, 6, 7], "cond": torch.tensor([5, 6, 7])}
         torch.testing.assert_close(
             other.sampler([5, 6, 7]), ud.sample(run.denoiser(), (3, 1, 8, 8), **chosen, **options)
@@ -87,9 +88,12 @@ def test_another_solver_comes_without_the_recipe_s_corrector(run):
     assert model("reverse-diffusion:eta=0.5").sampler.corrector["snr"] == 0.1
     assert model("stay").sampler.corrector["snr"] == 0.1  # which would do nothing alone
     assert model("dpmpp-2m", "langevin:snr=0.2").sampler.corrector["snr"] == 0.2
-    for told in (model(), model("reverse-diffusion"), model("dpmpp-2m", "langevin"), model("dpmpp-2m", "none")):
+    for told in (model(), model("reverse-diffusion"), model("stay")):
         assert told.left_out is None
         assert "without" not in told.said
+        assert told.grid == "time"
+    for told in (model("dpmpp-2m", "langevin"), model("dpmpp-2m", "none")):
+        assert told.left_out == "grid time"
     # So with what `evaluation` says: its corrector is its solver's.
     its = {"solver": {"name": "ddpm"}}
     assert model(changes=its).sampler.corrector is None
@@ -98,6 +102,29 @@ def test_another_solver_comes_without_the_recipe_s_corrector(run):
     assert model("ddpm", changes=its).sampler.corrector["snr"] == 0.3
     assert model("heun", changes=its).sampler.corrector is None
     assert "langevin(snr=0.3" in model("heun", changes=its).said
+
+
+def test_another_solver_comes_on_its_own_grid(run):
+    """The recipe's, "time", is kept by its own solver whatever its settings; one that is given is taken."""
+
+    def model(solver=None, grid=None, changes=None):
+        return Model.load(run, How(solver=solver, grid=grid, corrector="none", device="cpu"), changes)
+
+    assert model("abm-4").grid == "abm-4's own"
+    assert model("reverse-diffusion:eta=0.5").grid == "time"
+    assert model("abm-4", "karras").grid == "karras"
+    assert model("abm-4", "time").left_out is None
+    assert model("abm-4", "own").left_out is None
+    assert model(None, "own").grid == "reverse-diffusion's own"
+    options = {"seed": [5, 6, 7], "cond": torch.tensor([5, 6, 7]), "solver": "abm-4", "steps": 3, "denoise": True}
+    x = model("abm-4").sampler([5, 6, 7])
+    torch.testing.assert_close(x, ud.sample(run.denoiser(), (3, 1, 8, 8), **options))
+    assert (x - ud.sample(run.denoiser(), (3, 1, 8, 8), grid="time", **options)).abs().max() > 1e-2
+    # So with what `evaluation` says: its grid is its solver's.
+    its = {"solver": {"name": "ddpm"}}
+    assert model(changes=its).grid == "ddpm's own"
+    its["grid"] = "angle"
+    assert [model(name, changes=its).grid for name in (None, "ddpm", "heun")] == ["angle", "angle", "heun's own"]
 
 
 def test_evaluation_corrects_as_sampling_does_unless_told(run, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import undiffuse as ud
 from undiffuse.core.errors import ArgumentError, SamplingError
-from undiffuse.solvers import DDIM, EDM, Cell, Comparison, Multistep, Solver, linear_table
+from undiffuse.solvers import DDIM, EDM, Cell, Comparison, Judged, Multistep, Solver, linear_table
 
 PATH = ud.Linear()
 SIZES = (9, 2)
@@ -104,9 +104,62 @@ def test_the_fewest_calls_at_the_level_are_recommended_else_the_least_error():
         found.recommend(0.0)
 
 
+JUDGED = Judged(100, "50 of ring (train)", {"far": "least", "near": "most", "odd": None}, {"held-out": {"far": 0.9}})
+
+
+def judged() -> Comparison:
+    """Cell "a" at 20 calls fails when it is measured; the others' numbers are those of its calls."""
+    values = {"a": {5: 1.30, 10: 1.04}, "b": {5: 1.06, 9: 1.05, 19: 1.0}, "c": {10: 1.02}}
+
+    def measure(cell: Cell) -> dict[str, float]:
+        if cell.nfe not in values[cell.solver]:
+            raise SamplingError("not finite")
+        value = values[cell.solver][cell.nfe]
+        return {"far": value, "near": 2 - value, "odd": 3.0}
+
+    return fabricated().judge(JUDGED, measure)
+
+
+def test_cells_are_judged_and_a_number_recommends():
+    found = judged()
+    assert found.numbers == ["far", "near", "odd"]
+    assert found.cell("a", "own", 20).failure == "not finite"
+    assert (found.cell("c", "own", 5).failure, found.cell("c", "own", 5).quality) == ("no", {})  # never asked
+    assert found.cell("b", "own", 10).median == 0.01  # the errors are as they were
+    for number in ("far", "near"):
+        assert [found.best(calls, number).solver for calls in found.calls] == ["b", "c", "b"]
+    assert found.best(5, "odd") is None
+    # The best are 1.0 of "far" and 1.0 of "near", both at 19 calls.
+    for number, within, calls in (("far", 0.061, 5), ("far", 0.059, 9), ("far", 0.041, 10), ("far", 0.019, 19),
+                                  ("near", 0.061, 5), ("near", 0.021, 10), ("near", 0.0, 19)):  # fmt: skip
+        advice = found.recommend_by(number, within)
+        assert (advice.cell.nfe, advice.number) == (calls, number)
+    assert found.recommend_by("far", 0.041).cell.solver == "c"  # of those with 10 calls the better
+    for wrong, message in (("odd", "neither end"), ("fid", "was not measured: far, near, odd")):
+        with pytest.raises(ArgumentError, match=message):
+            found.recommend_by(wrong)
+    with pytest.raises(ArgumentError, match="at least 0"):
+        found.recommend_by("far", -0.1)
+
+
+def test_solvers_that_draw_noise_are_rows_without_an_error():
+    found = ud.compare(world(), (2,), ["ddpm", "ddim"], calls=[4], n=3, noisy=True)
+    noisy, plain = found.cells
+    assert (noisy.steps, noisy.nfe, noisy.error, noisy.median, noisy.failure) == (4, 4, None, None, "")
+    assert plain.median == ud.compare(world(), (2,), ["ddim"], calls=[4], n=3).cells[0].median
+    alone = ud.compare(world(), (2,), ["ddpm"], calls=[4], n=3, noisy=True)
+    assert (alone.size, alone.truth, alone.truth_error) == (None, "", None)
+    for name in ("mala", "stay"):
+        with pytest.raises(ArgumentError, match="follows no grid"):
+            ud.compare(world(), (2,), [name], noisy=True)
+
+
 def test_it_goes_through_json():
-    found = fabricated()
-    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict() | {"run": "elsewhere"}))) == found
+    for found in (fabricated(), judged()):
+        assert Comparison.from_dict(json.loads(json.dumps(found.to_dict() | {"run": "elsewhere"}))) == found
+    before = {key: value for key, value in fabricated().to_dict().items() if key != "judged"}
+    before["cells"] = [{k: v for k, v in cell.items() if k != "quality"} for cell in before["cells"]]
+    assert Comparison.from_dict(before) == fabricated()  # of a file made before there were numbers
 
 
 def test_a_solver_that_was_made_for_one_shape_is_compared_too():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
 import torch
+from scipy.special import lambertw
 
 from solvers.measuring import F64
 from undiffuse.core.errors import ArgumentError
 from undiffuse.paths import VE, VP, Karras, Linear, Path, Trig
-from undiffuse.solvers import GRIDS, Bound, Euler, Heun, check_grid, make_grid
+from undiffuse.solvers import GRIDS, Bound, Euler, Heun, check_grid, karras, make_grid, mixed
 from worlds import PATHS
 
 
@@ -47,6 +49,80 @@ def test_the_spacing_is_the_one_named():
     expected = (80 ** (1 / 7) + i / 9 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert torch.allclose(make_grid(Karras(), 10, "karras")[:-1], expected)
     assert equal(VE().half_log_snr(make_grid(VE(), 10, "half-log-snr")))
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+def test_karras_takes_a_rho_of_the_caller_s(rho):
+    """Karras et al. 2022, eq. 5, and its limit of large rho."""
+    i = torch.arange(10, dtype=F64)
+    expected = (80 ** (1 / rho) + i / 9 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+    assert torch.allclose(make_grid(Karras(), 10, karras(rho))[:-1], expected, rtol=1e-9)
+    limit = make_grid(Karras(), 10, karras(1e9))
+    assert torch.allclose(limit, make_grid(Karras(), 10, "half-log-snr"), rtol=1e-5)
+
+
+def test_a_mixture_of_time_and_its_root_in_closed_form():
+    """(1 - w) u + w (1 - sqrt(1 - u)) = k / n with t = 1 - u is a quadratic in sqrt(t)."""
+    w, k = 0.3, torch.arange(13, dtype=F64) / 12
+    # (1 - w) t + w sqrt(t) = 1 - k
+    root = (-w + (w**2 + 4 * (1 - w) * (1 - k)).sqrt()) / (2 * (1 - w))
+    found = make_grid(Linear(), 12, mixed("time", "quadratic", w))
+    assert torch.allclose(found, root.square(), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("w", [0.2, 0.8])
+def test_a_mixture_of_sigma_and_its_logarithm_in_closed_form(w):
+    """On VE in sigma: `(1 - w) (t - b) / (a - b) + w log(t / b) / log(a / b) = c` has t by Lambert's function."""
+    path, steps = Karras(), 9
+    a, b = 80.0, 0.002
+    c = 1 - torch.arange(steps, dtype=F64) / (steps - 1)
+    p, q = (1 - w) / (a - b), w / math.log(a / b)
+    expected = q / p * lambertw((p / q * torch.exp((c + p * b + q * math.log(b)) / q)).numpy()).real
+    found = make_grid(path, steps, mixed(karras(1.0), "half-log-snr", w))
+    assert torch.allclose(found[:-1], torch.as_tensor(expected), rtol=1e-9)
+    assert float(found[-1]) == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mixed_is_half_of_the_angle_and_half_of_half_log_snr(path):
+    path = PATHS[path]
+    grid = make_grid(path, 17, "mixed")
+    inner = torch.cat([torch.tensor([path.t_high], dtype=F64), grid[1:] if path.t_min == path.t_low else grid[1:-1]])
+    total = sum((x - x[0]) / (x[-1] - x[0]) for x in (path.angle(inner), path.half_log_snr(inner))) / 2
+    assert torch.allclose(total.diff(), torch.full_like(total[1:], 1 / (len(total) - 1)), rtol=1e-7)
+
+
+def test_shares_0_and_1_are_the_two_grids():
+    for path in PATHS.values():
+        for first, second in (("time", "karras"), ("half-log-snr", "angle")):
+            for share, kind in ((0, first), (1.0, second)):
+                assert torch.equal(make_grid(path, 11, mixed(first, second, share)), make_grid(path, 11, kind))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_mixture_decreases_at_every_count(path):
+    path = PATHS[path]
+    spacings = [mixed("time", "half-log-snr", 0.1), mixed("quadratic", karras(3.0), 0.9), mixed("angle", "canonical")]
+    for spacing in spacings:
+        for steps in range(1, 65):
+            grid = make_grid(path, steps, spacing)
+            assert (float(grid[0]), float(grid[-1]), len(grid)) == (path.t_max, path.t_min, steps + 1)
+            assert bool((grid[1:] < grid[:-1]).all())
+            assert steps == 1 or float(grid[-2]) >= path.t_low
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mixed("time", "angle", 1.5), "in \\[0, 1\\]"),
+        (lambda: mixed("time", "angel"), "Did you mean 'angle'"),
+        (lambda: karras(0.0), "above 0"),
+        (lambda: karras(float("inf")), "half-log-snr"),
+    ],
+)
+def test_wrong_mixtures_are_refused(make, message):
+    with pytest.raises(ArgumentError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("kind", ["half-log-snr", "karras"])

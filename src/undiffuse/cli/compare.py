@@ -32,6 +32,11 @@ def compare(
     error: Annotated[
         float, typer.Option(help="Median error to recommend by, over the RMS of the samples.", metavar="LEVEL")
     ] = 0.01,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Measure samples of every cell too: metrics by comma, or recipe for the recipe's own."),
+    ] = None,
+    metrics_n: Annotated[int | None, typer.Option(help="Samples that are measured. Default: evaluation.n.")] = None,
     ema: options.Ema = None,
     step: options.Step = None,
     out: Annotated[
@@ -41,15 +46,18 @@ def compare(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure solvers on a run's own model: error by solver, grid and number of calls; recommends one.
+    """Measure solvers on a run's own model: error and quality by solver, grid and number of calls; recommends one.
 
-    Of each noise the exact end is computed first, and a solver's error is how far from it its sample is. Writes
-    compare.json, compare.md and compare.png. Runs in fp32; solvers that draw noise have no such error.
+    Of each noise the exact end is computed first, and a solver's error is how far from it its sample is, in fp32.
+    Solvers that draw noise have no such error, but --metrics measures them too: the samples of every cell, of the same
+    seeds, as `undiffuse evaluate` does. Writes compare.json, compare.md, compare.png, and compare.jsonl (every number
+    with its protocol).
 
     \b
     Examples:
       undiffuse compare digits
       undiffuse compare digits --solvers abm-4,dpmpp-2m,heun --grids own,karras --calls 6,8,12 --n 64
+      undiffuse compare digits --metrics recipe --metrics-n 1000 --solvers dpmpp-2m,abm-4,ddpm --calls 10,20
       undiffuse compare runs/mnist-20260101-120000 --error 0.05 --label 3
     """
     screen = Console(json, quiet)
@@ -58,20 +66,26 @@ def compare(
         raise ArgumentError(f"--n {n}: expected at least 2 noises, better 32, for a median to mean something")
     if not 0 < error < float("inf"):
         raise ArgumentError(f"--error {error}: expected a number above 0, for example 0.01")
+    if metrics is None and metrics_n is not None:
+        raise ArgumentError(f"--metrics-n {metrics_n} goes with --metrics: say which, or --metrics recipe")
     from undiffuse.cli.comparing import Job
+    from undiffuse.cli.quality import Asked
 
+    asked = None if metrics is None else Asked(metrics, metrics_n)
     if is_lead():
-        _report(
-            Job(run, _names(solvers), _names(grids), columns, n, seed, label, error, ema, step, device), out, screen
-        )
+        job = Job(run, _names(solvers), _names(grids), columns, n, seed, label, error, asked, ema, step, device)
+        _report(job, out, screen)
 
 
 def _report(job: Job, out: Path | None, screen: Console) -> None:
-    from undiffuse.report.comparison import about, table
+    from undiffuse.report.comparison import about, panels, table
 
     done = job.run_all(out, screen)
     heads = ["solver", "grid", *(str(calls) for calls in done.found.calls)]
-    screen.table(about(done.found) + " * marks the least.", heads, table(done.found))
+    for number in panels(done.found):
+        marked = any(done.found.best(calls, number) for calls in done.found.calls)
+        words = about(done.found, number) + (" * marks the best." if marked else "")
+        screen.table(words, heads, table(done.found, number=number))
     failed = [cell for cell in done.found.cells if cell.failure]
     if failed:
         first = failed[0]

@@ -28,8 +28,8 @@ from undiffuse.recipes.generate import Sampler
 from undiffuse.recipes.guided import guided_settings, other_data
 from undiffuse.recipes.run import Run, load_run
 from undiffuse.recipes.schema import SamplingSection
-from undiffuse.recipes.tuned import IN_FOLDER
-from undiffuse.solvers import DPMv3, Tuned
+from undiffuse.recipes.tuned import IN_FOLDER, grid_in_folder, is_optimised
+from undiffuse.solvers import OWN, DPMv3, Tuned
 from undiffuse.training import Checkpoint, join, load_checkpoint
 
 # Seconds that processes wait for the slowest one's last shard.
@@ -62,7 +62,7 @@ def seal_of(saved: Checkpoint) -> str:
 class Model:
     """A trained model ready to sample, and what identifies it; `guide` identifies the classifier that guides it.
 
-    `left_out` is the recipe's corrector in words, where another solver was chosen and nothing was said of it.
+    `left_out` is the recipe's corrector and grid in words, where another solver was chosen and neither was given.
     """
 
     run: Run
@@ -103,21 +103,22 @@ class Model:
         chosen = parse_solver(how.solver, settings, run.folder)
         own = build.solver(chosen) if chosen is not None and chosen["name"] in IN_FOLDER else None
         if isinstance(own, Tuned):
-            note = _fits(own.about, how, seal_of(saved), ema) or note
-            if how.grid is not None:
-                raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
+            note = _fits(own, how, seal_of(saved), ema) or note
         elif isinstance(own, DPMv3):
-            note = _fits(own.statistics.about, how, seal_of(saved), ema) or note
+            note = _other_weights(str(how.solver), own.statistics.about, seal_of(saved), ema) or note
             if own.statistics.about.get("classifier") != guide:
                 note = f"{how.solver} goes by statistics of the run with another guide, or none: make them for this one"
         given = {
             "solver": chosen,
             "steps": own.made_for if own is not None and how.steps is None else how.steps,
-            "grid": how.grid,
             "batch": how.batch,
             "corrector": parse_corrector(how.corrector),
             "threshold": parse_threshold(how.threshold),
         }
+        if how.grid is not None and is_optimised(how.grid):
+            note = _place(given, how, run, saved, ema) or note
+        else:
+            given["grid"] = how.grid
         wanted, left_out = _wanted(settings.sampling, changes or {}, given)
         sampler = sampler_of(model, settings, label=how.label, **wanted)
         return cls(run, sampler, ema, saved.step, seal_of(saved), guide, note, left_out)
@@ -128,7 +129,7 @@ class Model:
         chosen = f"{self.sampler.said}, {self.sampler.steps} steps, {self.nfe} network calls each"
         if self.left_out is None:
             return chosen
-        return f"{chosen} (without the recipe's corrector {self.left_out}, which belongs to its own solver)"
+        return f"{chosen} (without the recipe's {self.left_out}: that is for its own solver)"
 
     def settings(self) -> dict[str, Any]:
         """What determines a sample beside its seed."""
@@ -168,21 +169,50 @@ class Model:
         return self.run.folder / "samples" / f"{kind}-{short}-{key}"
 
 
-def _fits(about: Mapping[str, Any], how: How, seal: str, ema: str) -> str | None:
-    """What is to be said where a solver that was made for a run is used with other weights."""
+def _place(given: dict[str, Any], how: How, run: Run, saved: Checkpoint, ema: str) -> str | None:
+    """Puts the times of a fitted grid among what is given; what is to be said of its use with other weights.
+
+    Raises:
+        ArgumentError: another number of steps, or the run has no such grid.
+    """
+    assert how.grid is not None
+    found, seal = grid_in_folder(how.grid, run.folder)
+    if how.steps not in (None, found.steps):
+        raise ArgumentError(f"--steps {how.steps}: the grid {how.grid} has {found.steps} steps; leave them out")
+    times = tuple(found.grid(run.recipe.path()).tolist())
+    given |= {"grid": f"{how.grid} ({seal})", "times": times, "steps": found.steps}
+    return _other_weights(how.grid, found.about, seal_of(saved), ema)
+
+
+def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:
+    """What is to be said of a tuned solver's use with other weights.
+
+    Raises:
+        ArgumentError: a grid with a solver that has its own.
+    """
+    if how.grid not in (None, OWN):
+        raise ArgumentError(f"--grid {how.grid}: {how.solver} has times of its own; leave the grid out")
+    return _other_weights(str(how.solver), table.about, seal, ema)
+
+
+def _other_weights(name: str, about: Mapping[str, Any], seal: str, ema: str) -> str | None:
     if about.get("weights") in (None, seal) and about.get("ema") in (None, ema):
         return None
     made = f"step {about.get('step')}, weights {about.get('ema')}"
-    return f"{how.solver} was fitted to other weights ({made}): make it again for what it can do with these"
+    return f"{name} was fitted to other weights ({made}): make it again for what it can do with these"
 
 
 def _wanted(
     section: SamplingSection, changes: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """What differs from a recipe's `sampling`; and its corrector in words, where another solver takes that away."""
+    """What differs from a recipe's `sampling`; and its corrector and grid in words, where another solver has none."""
     before, after = overlaid(section, changes), overlaid(section, changes, given)
-    had, has = (layer.get("corrector", section.corrector) for layer in (before, after))
-    return after, said(had) if had is not None and had != has and given["corrector"] is None else None
+    left = []
+    for key, in_words in (("corrector", said), ("grid", str)):
+        had, has = (layer.get(key, getattr(section, key)) for layer in (before, after))
+        if had is not None and had != has and given.get(key) is None:
+            left.append(f"{key} {in_words(had)}")
+    return after, " and ".join(left) or None
 
 
 def _guided(denoiser: Any, other: Run, scale: float, device: str) -> tuple[ClassifierGuidance, dict[str, Any]]:

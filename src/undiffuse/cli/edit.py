@@ -46,7 +46,10 @@ def edit(
     ] = None,
     classifier: options.Classifier = None,
     classifier_scale: options.ClassifierScale = None,
-    solver: Annotated[str | None, typer.Option(help=f"Solver. Default: {SOLVER}.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help=f"Solver, one that goes step by step: not picard, not tuned-8. Default: {SOLVER}."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help=f"Solver steps. Default: {STEPS}.")] = None,
     batch_size: options.BatchSize = None,
     ema: options.Ema = None,
@@ -75,6 +78,8 @@ def edit(
     stems = _check(images, mask, n, seed, out)
     from undiffuse.cli.drawing import How, Model
     from undiffuse.cli.guiding import guide_of, say_guide
+    from undiffuse.inference.editing import stepwise
+    from undiffuse.recipes import build
     from undiffuse.recipes.run import USES, load_run
 
     found = load_run(run)
@@ -87,6 +92,7 @@ def edit(
     defaults = {"solver": {"name": SOLVER}, "steps": STEPS, "corrector": {"name": "none"}, "denoise": False}
     how = How(solver, steps, None, batch_size, label, ema, step, device, guide=guide_of(classifier, classifier_scale))
     model = Model.load(found, how, defaults)
+    stepwise(build.solver(model.sampler.solver))  # before anything is said or written
     _check_label(model, label)
     work = _task(task, images, model.sampler.facts, mask, box)
     settings = model.settings() | {"task": task, "n": n, "seed": seed, "resample": resample, "grid": None}

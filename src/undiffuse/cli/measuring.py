@@ -118,12 +118,9 @@ class Measuring:
         folder = model.folder_for(seeds, "eval")
         screen.say(f"{section.n:,} samples of {self.run.folder} (step {model.step}, weights {model.ema}): {model.said}")
         # What could refuse comes before the hours of sampling.
-        reference = RealData.load(self.run.recipe, section.split or "train") if is_lead() else None
-        held_out = self._held_out(screen, section.metrics) if is_lead() else None
+        against = Against.of(self.run.recipe, features, screen) if is_lead() else None
         draw(model, seeds, folder, "npz", screen)
-        if reference is None:
-            return []
-        return self._measure(model, folder, reference, held_out, features, screen)
+        return [] if against is None else self._measure(model, folder, against, screen)
 
     def _features(self, model: Model) -> Features | None:
         if self.features is None:
@@ -136,48 +133,15 @@ class Measuring:
             device=pick_device(self.how.device),
         )
 
-    def _held_out(self, screen: Console, names: Sequence[str]) -> RealData | None:
-        needed = [name for name in names if "held_out" in METRICS[name].needs]
-        try:
-            return RealData.load(self.run.recipe, HELD_OUT)
-        except (DataError, ArgumentError) as error:
-            if needed:
-                raise DataError(f"{', '.join(needed)} needs held-out data, and there are none: {error}") from error
-            screen.say(f"note: no held-out data to compare with: {error}")
-            return None
-
-    def _measure(
-        self,
-        model: Model,
-        folder: Path,
-        reference: RealData,
-        held_out: RealData | None,
-        features: Features | None,
-        screen: Console,
-    ) -> list[Figure]:
+    def _measure(self, model: Model, folder: Path, against: Against, screen: Console) -> list[Figure]:
         x, seeds, labels = read_samples(folder)
-        protocol = self._protocol(model, len(x), f"{seeds[0]}-{seeds[-1]}", reference)
-        sets = {"": (x, labels)}
-        if self.references:
-            drawn = reference.resampled(len(x))
-            sets[RESAMPLED] = (drawn.x, drawn.labels)
-            if held_out is not None:
-                sets[HELD_OUT] = (held_out.x, held_out.labels)
+        protocol = protocol_of(model, len(x), f"{seeds[0]}-{seeds[-1]}", against.reference)
+        sets = {"": (x, labels)} | (against.sets(len(x)) if self.references else {})
         found: dict[str, dict[str, Result]] = {}
         with screen.progress("measuring", "metrics") as bar:
             for i, (name, (rows, classes)) in enumerate(sets.items()):
                 bar.to(i, len(sets), note=name or "samples")
-                both = None if classes is None or reference.labels is None else (classes, reference.labels)
-                results = evaluate(
-                    rows,
-                    reference.x,
-                    metrics=self._metrics(both, screen if not name else None),
-                    protocol=replace(protocol, n=len(rows)),
-                    held_out=None if held_out is None else held_out.x,
-                    features=features,
-                    labels=both,
-                )
-                found[name] = {result.name: result for result in results}
+                found[name] = against.measure(rows, classes, protocol, None if name else screen)
             bar.to(len(sets), len(sets))
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         place = str(folder.relative_to(self.run.folder))
@@ -187,38 +151,95 @@ class Measuring:
             for key, result in found[""].items()
         ]
 
-    def _metrics(self, labels: Any, screen: Console | None) -> list[str]:
-        names = self.run.recipe.settings.evaluation.metrics
-        if labels is not None:
-            return names
-        kept = [name for name in names if "labels" not in METRICS[name].needs]
-        if screen is not None and len(kept) < len(names):
-            screen.say(f"note: {', '.join(sorted(set(names) - set(kept)))} left out: these data have no classes")
+
+@dataclass(frozen=True)
+class Against:
+    """What samples of a run are measured against, and by which metrics."""
+
+    reference: RealData
+    held_out: RealData | None
+    names: Sequence[str]
+    features: Features | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, features: Features | None, screen: Console) -> Against:
+        """As the recipe's `evaluation` says.
+
+        Raises:
+            DataError: a split cannot be loaded that is needed.
+        """
+        section = recipe.settings.evaluation
+        reference = RealData.load(recipe, section.split or "train")
+        return cls(reference, _held_out(recipe, section.metrics, screen), section.metrics, features)
+
+    def sets(self, n: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What to read figures of n samples against: training data drawn again, and held-out data where there are."""
+        drawn = self.reference.resampled(n)
+        found = {RESAMPLED: (drawn.x, drawn.labels)}
+        if self.held_out is not None:
+            found[HELD_OUT] = (self.held_out.x, self.held_out.labels)
+        return found
+
+    def measure(
+        self, x: Tensor, labels: Tensor | None, protocol: Protocol, screen: Console | None = None
+    ) -> dict[str, Result]:
+        """All numbers of a set by name; metrics that need classes are left out where there are none, and said so."""
+        both = None if labels is None or self.reference.labels is None else (labels, self.reference.labels)
+        results = evaluate(
+            x,
+            self.reference.x,
+            metrics=self._metrics(both is not None, screen),
+            protocol=replace(protocol, n=len(x)),
+            held_out=None if self.held_out is None else self.held_out.x,
+            features=self.features,
+            labels=both,
+        )
+        return {result.name: result for result in results}
+
+    def _metrics(self, labelled: bool, screen: Console | None) -> Sequence[str]:
+        if labelled:
+            return self.names
+        kept = [name for name in self.names if "labels" not in METRICS[name].needs]
+        if screen is not None and len(kept) < len(self.names):
+            screen.say(f"note: {', '.join(sorted(set(self.names) - set(kept)))} left out: these data have no classes")
         if not kept:
-            raise ArgumentError(f"{', '.join(names)}: these data have no classes; choose other metrics")
+            raise ArgumentError(f"{', '.join(self.names)}: these data have no classes; choose other metrics")
         return kept
 
-    def _protocol(self, model: Model, n: int, seeds: str, reference: RealData) -> Protocol:
-        sampler = model.sampler
-        return Protocol(
-            n=n,
-            reference=reference.name,
-            split=reference.split,
-            reference_n=len(reference.x),
-            reference_fingerprint=reference.fingerprint,
-            data_range=(-1.0, 1.0) if sampler.facts.image else None,
-            solver=sampler.said,
-            steps=sampler.steps,
-            nfe=model.nfe,
-            grid=model.grid,
-            precision=sampler.precision,
-            seeds=seeds,
-            ema=model.ema,
-            path=sampler.origin,
-            model=self.run.recipe.name,
-            run=self.run.folder.name,
-            step=model.step,
-        )
+
+def _held_out(recipe: Recipe, names: Sequence[str], screen: Console) -> RealData | None:
+    needed = [name for name in names if "held_out" in METRICS[name].needs]
+    try:
+        return RealData.load(recipe, HELD_OUT)
+    except (DataError, ArgumentError) as error:
+        if needed:
+            raise DataError(f"{', '.join(needed)} needs held-out data, and there are none: {error}") from error
+        screen.say(f"note: no held-out data to compare with: {error}")
+        return None
+
+
+def protocol_of(model: Model, n: int, seeds: str, reference: RealData) -> Protocol:
+    """How n samples of a model are measured against a split."""
+    sampler = model.sampler
+    return Protocol(
+        n=n,
+        reference=reference.name,
+        split=reference.split,
+        reference_n=len(reference.x),
+        reference_fingerprint=reference.fingerprint,
+        data_range=(-1.0, 1.0) if sampler.facts.image else None,
+        solver=sampler.said,
+        steps=sampler.steps,
+        nfe=model.nfe,
+        grid=model.grid,
+        precision=sampler.precision,
+        seeds=seeds,
+        ema=model.ema,
+        path=sampler.origin,
+        model=model.run.recipe.name,
+        run=model.run.folder.name,
+        step=model.step,
+    )
 
 
 def append(file: Path, figures: Sequence[Figure]) -> None:

@@ -34,7 +34,7 @@ SolverName = Annotated[
     typer.Option(
         help="Solver, for example heun or edm:S_churn=40, or one made for the run: tuned-8 of `undiffuse tune`, dpm-v3 "
         "of `undiffuse statistics`; of an energy, a kernel. "
-        "Default: the recipe's. Another than that comes without the recipe's corrector."
+        "Default: the recipe's. Another than that comes without the recipe's corrector, on its own grid."
     ),
 ]
 CorrectorName = Annotated[
@@ -49,7 +49,11 @@ ThresholdName = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the recipe's.")]
 GridName = Annotated[
-    str | None, typer.Option(help="Grid of times, or own, the solver's. Default: the recipe's, else the solver's.")
+    str | None,
+    typer.Option(
+        help="Grid of times; own, the solver's; or optimised-8 of `undiffuse tune --only grid`. Default: the recipe's "
+        "with its solver, else the solver's."
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at a time; changes a sample by rounding only.")]
 Classifier = Annotated[

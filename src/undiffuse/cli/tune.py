@@ -13,22 +13,35 @@ from undiffuse.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from undiffuse.cli.drawing import Model
-    from undiffuse.solvers import Tuned
+    from undiffuse.solvers import OptimisedGrid, Tuned
 
+GRID = "grid"
 WORDS = {"reference": ("true ends", "noises"), "fit": ("fitting", "steps"), "measure": ("measuring", "runs")}
 
 
 def tune(
     run: options.RunName,
-    calls: Annotated[int, typer.Option(help="Network calls of the solver, 1 to 64.")] = 8,
-    n: Annotated[int, typer.Option("--n", help="Noises: half fitted, a quarter to stop by, a quarter measured.")] = 512,
+    calls: Annotated[
+        int, typer.Option(help="Network calls of the solver, 1 to 64; with --only grid the steps of the grid.")
+    ] = 8,
+    only: Annotated[
+        str | None, typer.Option(help="grid: fit only the times of --start, for sample RUN --grid optimised-8.")
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", help="Noises: half fitted, a quarter to stop by, a quarter measured. Default: 512; of a grid 96."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
     label: Annotated[
         int | None, typer.Option(help="Class of all trajectories, -1 for none. Default: all classes in turn.")
     ] = None,
-    start: Annotated[str, typer.Option(help="The solver whose numbers are changed.")] = "abm-4",
+    start: Annotated[str, typer.Option(help="The solver whose numbers are changed, or only its times.")] = "abm-4",
     reference: Annotated[int, typer.Option(help="Steps of abm-4 that make the true ends.")] = 100,
-    most_steps: Annotated[int, typer.Option(help="Steps of the fit at most.")] = 300,
+    most_steps: Annotated[
+        int | None, typer.Option(help="Steps of the fit at most. Default: 300; of a grid 30.")
+    ] = None,
     classifier: options.Classifier = None,
     classifier_scale: options.ClassifierScale = None,
     batch_size: options.BatchSize = None,
@@ -41,21 +54,28 @@ def tune(
     """Fit a solver of few calls to a run: its grid and coefficients, from the run's own trajectories.
 
     Writes solvers/tuned-CALLS.safetensors in the run folder, used as: sample RUN --solver tuned-8. Stops when the error
-    on held-out noise stops falling, and prints it before and after on noise that was never seen.
+    on held-out noise stops falling, and prints it before and after on noise that was never seen. With --only grid the
+    solver stays as it is and solvers/optimised-STEPS.safetensors is written, used as: sample RUN --grid optimised-8.
 
     \b
     Examples:
       undiffuse tune digits
+      undiffuse tune digits --only grid --start dpmpp-2m --calls 8
+      undiffuse sample digits --solver dpmpp-2m --grid optimised-8
       undiffuse tune digits --calls 5 --n 1024
       undiffuse sample digits --solver tuned-5
     """
     from undiffuse.cli.drawing import How, Model
     from undiffuse.cli.guiding import guide_of, say_guide
     from undiffuse.recipes import load_run
-    from undiffuse.recipes.tuned import file_of
+    from undiffuse.recipes.tuned import file_of, grid_file_of
     from undiffuse.training.files import disk_errors
 
     screen, began = Console(json, quiet), time.monotonic()
+    if only not in (None, GRID):
+        raise ArgumentError(f"--only {only}: expected grid, or leave it out to fit times and coefficients")
+    n = n if n is not None else 512 if only is None else 96
+    most_steps = most_steps if most_steps is not None else 300 if only is None else 30
     if not 0 <= seed < 2**63 - n:
         raise ArgumentError(f"--seed {seed}: expected at least 0")
     guide = guide_of(classifier, classifier_scale)
@@ -63,9 +83,11 @@ def tune(
     found.expect("denoiser")
     model = Model.load(found, How(None, None, None, batch_size, label, ema, step, device, guide=guide))
     say_guide(model.guide, model.note, screen)
-    made = _tuned(model, screen, calls, n=n, seed=seed, start=start, reference=reference, most_steps=most_steps)
+    fit, file = (
+        (_tuned, file_of(found.folder, calls)) if only is None else (_optimised, grid_file_of(found.folder, calls))
+    )
+    made = fit(model, screen, calls, n=n, seed=seed, start=start, reference=reference, most_steps=most_steps)
     made = made.with_about(weights=model.seal, ema=model.ema, step=model.step, label=label, classifier=model.guide)
-    file = file_of(model.run.folder, calls)
     with disk_errors(str(file), "The run is intact"):
         made.save(file)
     _report(made, model, str(file), screen, time.monotonic() - began)
@@ -95,16 +117,53 @@ def _tuned(model: Model, screen: Console, calls: int, **how: Any) -> Tuned:
         )
 
 
-def _report(made: Tuned, model: Model, file: str, screen: Console, seconds: float) -> None:
-    before, after = made.about["before"], made.about["after"]
+def _optimised(
+    model: Model, screen: Console, steps: int, *, n: int, seed: int, start: str, reference: int, most_steps: int
+) -> OptimisedGrid:
+    """The fit of times alone, with a bar."""
+    from undiffuse.recipes import build
+    from undiffuse.solvers import fit_grid
+
+    sampler: Any = model.sampler
+    solver: Any = options.parse_solver(start, model.run.recipe.settings)
+    with screen.progress("fitting a grid", "rounds") as bar:
+        found = fit_grid(
+            sampler.bounded,
+            tuple(sampler.facts.shape),
+            steps,
+            solver=build.solver(solver),
+            n=n,
+            seed=seed,
+            cond=sampler.cond(range(seed, seed + n)),
+            reference=reference,
+            batch=sampler.batch,
+            most_rounds=most_steps,
+            callback=lambda done, total, error: bar.to(
+                done, total, note=f"held-out error {error:.3g} of the best named grid's"
+            ),
+        )
+    return found.with_about(solver=start)
+
+
+def _report(made: Tuned | OptimisedGrid, model: Model, file: str, screen: Console, seconds: float) -> None:
+    from undiffuse.solvers import Tuned
+
+    about, folder = made.about, model.run.folder
+    if isinstance(made, Tuned):
+        what, count = f"{made.calls} calls", {"calls": made.calls}
+        heads, use = [f"{about['start']}", "tuned"], f"--solver tuned-{made.calls}"
+    else:
+        what, count = f"{made.steps} steps of {about['solver']}", {"steps": made.steps}
+        heads = [f"grid {about['start']}, the best named", "optimised"]
+        use = f"--solver {about['solver']} --grid optimised-{made.steps}"
     rows = [
-        [name, f"{before[key]:.3g}", f"{after[key]:.3g}", f"{after[key] / before[key]:.2f}"]
-        for name, key in (("RMS", "rms"), ("median", "median"))
+        [name, f"{before:.3g}", f"{after:.3g}", f"{after / before:.2f}"]
+        for name, before, after in (
+            (name, about["before"][key], about["after"][key]) for name, key in (("RMS", "rms"), ("median", "median"))
+        )
     ]
-    measured = made.about["n"] - 3 * made.about["n"] // 4
-    title = f"error of x_0 at {made.calls} calls, {measured} noises never seen, relative to the RMS length of x_0"
-    screen.table(title, ["", f"{made.about['start']}", "tuned", "ratio"], rows)
-    folder = model.run.folder
-    screen.say(f"wrote {file}; use it: undiffuse sample {folder} --solver tuned-{made.calls}")
-    result = {"run": str(folder), "file": file, "calls": made.calls, "seconds": seconds}
-    screen.result(result | dict(made.about))
+    measured = about["n"] - 3 * about["n"] // 4
+    title = f"error of x_0 at {what}, {measured} noises never seen, relative to the RMS length of x_0"
+    screen.table(title, ["", *heads, "ratio"], rows)
+    screen.say(f"wrote {file}; use it: undiffuse sample {folder} {use}")
+    screen.result({"run": str(folder), "file": file} | count | {"seconds": seconds} | dict(about))

@@ -131,7 +131,7 @@ def _completed(
     """A sample with that known part, from a start whose known part has its law given the data too."""
     if not isinstance(resample, int) or isinstance(resample, bool) or resample < 1:
         raise ArgumentError(f"resample is {resample!r}: expected how often each step is made, a whole number >= 1")
-    chosen = get_solver(solver)
+    chosen = stepwise(solver)
     value = known.value
     weight = next((p for p in denoiser.parameters() if p.is_floating_point()), value)
     value = value.to(weight.device, torch.promote_types(value.dtype, torch.float32))
@@ -144,6 +144,21 @@ def _completed(
     imposed = Imputation(known, chosen, resample)
     x: Any = sample(denoiser, noise=start, solver=chosen, steps=steps, cond=cond, seed=streams, corrector=imposed)
     return known.put(x, value)
+
+
+def stepwise(solver: str | Solver) -> Solver:
+    """The solver, if something can be imposed between its steps.
+
+    Raises:
+        ArgumentError: an unknown name, or a solver that makes all steps at once (`Picard`, `Tuned`).
+    """
+    chosen = get_solver(solver)
+    if chosen.at_once:
+        raise ArgumentError(
+            f"solver {type(chosen).__name__}: it makes all steps at once, and editing imposes what is known after "
+            "each. Take one that goes step by step: ddpm (its noise mends what earlier steps got wrong), or dpmpp-2m"
+        )
+    return chosen
 
 
 def _check_mask(mask: Tensor, image: Tensor) -> Bool[Tensor, "b ..."]:

@@ -26,10 +26,11 @@ from undiffuse.metrics.neighbours import (
     precision_recall,
 )
 from undiffuse.metrics.protocol import Comparison, Protocol, Result, Spread, compare, spread
-from undiffuse.metrics.registry import METRICS, Metric, Sets, metric
+from undiffuse.metrics.registry import BETTER, METRICS, Metric, Sets, metric
 from undiffuse.metrics.sliced import sliced_wasserstein
 
 __all__ = [
+    "BETTER",
     "F_DIVERGENCES",
     "METRICS",
     "Baselines",

@@ -9,7 +9,7 @@ from undiffuse.core.errors import RecipeError
 from undiffuse.recipes.schema import SamplingSection
 from undiffuse.recipes.tables import make, resolve
 from undiffuse.recipes.tuned import TABLE as ALL_SOLVERS
-from undiffuse.solvers import CORRECTORS, Corrector
+from undiffuse.solvers import CORRECTORS, OWN, Corrector
 
 NONE = "none"
 
@@ -40,16 +40,18 @@ def corrector(choice: Mapping[str, Any] | None) -> Corrector | None:
 def overlaid(section: SamplingSection, *layers: Mapping[str, Any]) -> dict[str, Any]:
     """What layers of choices change in a recipe's `sampling`, later ones above earlier ones; None says nothing.
 
-    A corrector belongs to its predictor: a solver of another name comes without the corrector of the one that it
-    replaces, unless its own layer has one, or it predicts nothing ("stay") and leaves all to it.
+    Corrector and grid belong to their solver: one of another name comes without the corrector of the one that it
+    replaces, and on its own grid, unless its layer says otherwise, or it predicts nothing ("stay") and leaves all to
+    the corrector.
     """
     found: dict[str, Any] = {}
     for layer in layers:
         said = {key: value for key, value in layer.items() if value is not None}
-        before, corrected = found.get("solver", section.solver), found.get("corrector", section.corrector)
-        solver = said.get("solver", before)
-        if corrected is not None and solver["name"] != before["name"] and _predicts(solver):
-            found["corrector"] = {"name": NONE}
+        before, solver = found.get("solver", section.solver), said.get("solver", found.get("solver", section.solver))
+        own = {"corrector": {"name": NONE}, "grid": OWN}
+        theirs = [key for key in own if found.get(key, getattr(section, key)) is not None]
+        if theirs and solver["name"] != before["name"] and _predicts(solver):
+            found |= {key: own[key] for key in theirs}
         found |= said
     return found
 

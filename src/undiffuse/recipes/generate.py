@@ -88,6 +88,7 @@ class Sampler(BySeed):
         solver: a choice as in a recipe, `{"name": "dpmpp-2m"}`.
         steps: of the solver.
         grid: a name; None: the solver's own.
+        times: of a grid that has no name of its own in `GRIDS`; `grid` says what to call it.
         label: class of all samples, -1 for none; None: class `seed mod num_classes`.
         batch: samples at a time; changes a sample by rounding only.
         precision: of the network's large products, "fp32" or "bf16".
@@ -107,9 +108,10 @@ class Sampler(BySeed):
     corrector: dict[str, Any] | None = None
     denoise: bool = False
     threshold: dict[str, Any] | None = None
+    times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.grid is not None:
+        if self.grid is not None and self.times is None:
             choose(self.grid, GRIDS, "grid")
         self._check()
 
@@ -126,7 +128,11 @@ class Sampler(BySeed):
         if values["grid"] == OWN:
             values["grid"] = None
         if (calls := build.solver(values["solver"]).made_for) is not None:  # it has steps and times of its own
-            values |= {"grid": None, "steps": calls if changes.get("steps") is None else changes["steps"]}
+            values |= {
+                "grid": None,
+                "times": None,
+                "steps": calls if changes.get("steps") is None else changes["steps"],
+            }
         return cls(denoiser, facts, **values)
 
     @property
@@ -166,7 +172,7 @@ class Sampler(BySeed):
         return {
             "solver": build.solver(self.solver),
             "steps": self.steps,
-            "grid": self.grid,
+            "grid": self.grid if self.times is None else torch.tensor(self.times, dtype=torch.float64),
             "corrector": corrector(self.corrector),
             "denoise": self.denoise,
             "device": self.device,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, RecipeError, RunError, nearest
 from undiffuse.fields import NetworkClassifier, NetworkDenoiser
@@ -17,7 +18,7 @@ from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
 from undiffuse.recipes.schema import FactsSection
-from undiffuse.recipes.tuned import IN_FOLDER, STATISTICS, in_folder
+from undiffuse.recipes.tuned import IN_FOLDER, STATISTICS, grid_in_folder, in_folder
 from undiffuse.solvers import Tuned
 from undiffuse.training import Checkpoint, TrainResult, list_checkpoints, load_checkpoint, rebuild
 from undiffuse.training.state import restore_module
@@ -209,6 +210,14 @@ class Run:
                 f"'{name}' is no solver tuned to this run: those are called tuned-CALLS, and {STATISTICS}"
             )
         return IN_FOLDER[found.pop("name")](**found)
+
+    def grid(self, name: str) -> Tensor:
+        """A grid fitted to this run, by a name such as "optimised-8": `ud.sample(..., grid=run.grid("optimised-8"))`.
+
+        Raises:
+            ArgumentError: no such grid; says which there are. CheckpointError: its file is damaged.
+        """
+        return grid_in_folder(name, self.folder)[0].grid(self.recipe.path())
 
     def expect(self, kind: str) -> None:
         """Refuse a run of another kind than "denoiser", "energy" or "classifier".

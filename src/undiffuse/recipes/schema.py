@@ -180,7 +180,7 @@ class EvaluationSection(Section):
     """What `evaluate` measures: `n` samples of seeds `seed ...` against `split`. Null: as in `sampling` or `data`.
 
     `corrector: none` and `threshold: none` take away those of `sampling`; a solver of another name comes without its
-    corrector.
+    corrector and grid.
     """
 
     n: Annotated[int, Field(ge=2)] = 10_000

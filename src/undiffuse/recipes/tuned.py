@@ -1,5 +1,8 @@
-"""Solvers that were made for a run, `solvers/tuned-8.safetensors` and `solvers/dpm-v3.safetensors` in its folder, and
-the names they go by."""
+"""Solvers and grids that were fitted to a run, in its folder, and the names they go by.
+
+`solvers/tuned-8.safetensors` is a solver of 8 calls, `solvers/optimised-8.safetensors` a grid of 8 steps,
+`solvers/dpm-v3.safetensors` the statistics that DPM-Solver-v3 goes by.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from undiffuse.core.errors import ArgumentError, CheckpointError
-from undiffuse.solvers import DPM_V3, SOLVERS, DPMv3, ModelStatistics, Solver, Tuned
+from undiffuse.solvers import DPM_V3, SOLVERS, DPMv3, ModelStatistics, OptimisedGrid, Solver, Tuned
 from undiffuse.training.files import digest
 
 FOLDER = "solvers"
 STATISTICS = DPM_V3
 _NAME = re.compile(r"tuned-(\d+)")
+_GRID = re.compile(r"optimised-(\d+)")
 
 
 def file_of(folder: Path, calls: int) -> Path:
@@ -25,6 +29,44 @@ def file_of(folder: Path, calls: int) -> Path:
 def statistics_file(folder: Path) -> Path:
     """Where the statistics of a run's model are kept."""
     return folder / FOLDER / f"{STATISTICS}.safetensors"
+
+
+def grid_file_of(folder: Path, steps: int) -> Path:
+    """Where the grid of that many steps is kept in a run folder."""
+    return folder / FOLDER / f"optimised-{steps}.safetensors"
+
+
+def is_optimised(name: str) -> bool:
+    """Whether it is a name such as "optimised-8"."""
+    return _GRID.fullmatch(name) is not None
+
+
+def grid_in_folder(name: str, folder: Path) -> tuple[OptimisedGrid, str]:
+    """The grid that "optimised-8" names in a run folder, and the beginning of its file's checksum.
+
+    Raises:
+        ArgumentError: the folder has no such grid; says which it has, and how one is made. CheckpointError: damaged.
+    """
+    wanted = _GRID.fullmatch(name)
+    if wanted is None:
+        raise ArgumentError(f"'{name}' is no grid fitted to this run: those are called optimised-STEPS")
+    steps = int(wanted[1])
+    file = grid_file_of(folder, steps)
+    if not file.is_file():
+        raise ArgumentError(
+            f"{folder} has no grid {name}. {_there(folder, 'optimised')} Make it with: undiffuse tune {folder} "
+            f"--only grid --calls {steps}"
+        )
+    found = OptimisedGrid.load(file)
+    if found.steps != steps:
+        raise ArgumentError(f"{file} is of {found.steps} steps, its name says {steps}: fit it again")
+    return found, digest(file)[:16]
+
+
+def _there(folder: Path, kind: str) -> str:
+    found = (f.stem for f in (folder / FOLDER).glob(f"{kind}-*.safetensors"))
+    names = sorted(found, key=lambda name: (len(name), name))
+    return f"It has {', '.join(names)}." if names else "It has none."
 
 
 def tuned(file: str, sha256: str | None = None) -> Tuned:
@@ -73,6 +115,11 @@ IN_FOLDER: dict[str, Callable[..., Tuned | DPMv3]] = {"tuned": tuned, STATISTICS
 TABLE: dict[str, Callable[..., Solver]] = {**SOLVERS, **IN_FOLDER}
 
 
+def is_tuned(name: str) -> bool:
+    """Whether it is a name such as "tuned-8"."""
+    return _NAME.fullmatch(name) is not None
+
+
 def in_folder(choice: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A choice in which "tuned-8" and "dpm-v3" are the files in a run folder; any other as it is.
 
@@ -88,10 +135,8 @@ def in_folder(choice: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise ArgumentError(f"{choice['name']} has no settings: its numbers are all in its file")
     file = file_of(folder, int(wanted[1]))
     if not file.is_file():
-        names = sorted((f.stem for f in (folder / FOLDER).glob("tuned-*.safetensors")), key=lambda n: (len(n), n))
-        there = f"It has {', '.join(names)}." if names else "It has none."
         how = f"Make it with: undiffuse tune {folder} --calls {wanted[1]}"
-        raise ArgumentError(f"{folder} has no solver {choice['name']}. {there} {how}")
+        raise ArgumentError(f"{folder} has no solver {choice['name']}. {_there(folder, 'tuned')} {how}")
     if Tuned.load(file).calls != int(wanted[1]):
         raise ArgumentError(f"{file} is of {Tuned.load(file).calls} calls, its name says {wanted[1]}: tune it again")
     return {"name": "tuned", "file": str(file), "sha256": digest(file)[:16]}

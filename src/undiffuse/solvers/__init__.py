@@ -4,7 +4,7 @@ from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, StreamNoise, rates, scales
 from undiffuse.solvers.comparing import OWN, compare
-from undiffuse.solvers.comparison import Cell, Comparison, Recommendation
+from undiffuse.solvers.comparison import Cell, Comparison, Judged, Recommendation
 from undiffuse.solvers.compiled import CompiledEnergy
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.dpm_v3 import DPMv3
@@ -12,7 +12,7 @@ from undiffuse.solvers.estimating import model_statistics
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
 from undiffuse.solvers.gibbs import BlockGibbs
-from undiffuse.solvers.grids import GRIDS, check_grid, make_grid
+from undiffuse.solvers.grids import GRIDS, Spacing, check_grid, curved_angle, karras, make_grid, mixed
 from undiffuse.solvers.hamiltonian import HMC
 from undiffuse.solvers.integrate import (
     CORRECTORS,
@@ -28,6 +28,7 @@ from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.multistep import DPMpp2M, Multistep
+from undiffuse.solvers.optimised import OptimisedGrid, fit_grid, optimise_grid
 from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
@@ -70,12 +71,14 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "Heun",
+    "Judged",
     "Kernel",
     "Langevin",
     "LangevinCorrector",
     "Midpoint",
     "ModelStatistics",
     "Multistep",
+    "OptimisedGrid",
     "ParallelTempering",
     "Picard",
     "Recommendation",
@@ -84,6 +87,7 @@ __all__ = [
     "Sample",
     "Singlestep",
     "Solver",
+    "Spacing",
     "Stay",
     "Step",
     "StochasticHeun",
@@ -93,13 +97,18 @@ __all__ = [
     "check_grid",
     "combine",
     "compare",
+    "curved_angle",
+    "fit_grid",
     "get_corrector",
     "get_solver",
     "integrate",
+    "karras",
     "langevin_step",
     "linear_table",
     "make_grid",
+    "mixed",
     "model_statistics",
+    "optimise_grid",
     "rates",
     "sample",
     "scales",

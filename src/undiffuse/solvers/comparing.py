@@ -15,7 +15,7 @@ from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver, rows_of
 from undiffuse.solvers.comparison import Cell, Comparison
 from undiffuse.solvers.flow import Adaptive
-from undiffuse.solvers.grids import GRIDS
+from undiffuse.solvers.grids import GRIDS, Spacing
 from undiffuse.solvers.integrate import Step, get_solver
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.sampling import placed, sample
@@ -35,18 +35,21 @@ CHECK, CHECK_GRID, CHECK_STEPS, CHECKED = "abm-4", "half-log-snr", 200, 8
 USUAL = 300
 
 Named = tuple[str, Solver]
+# A name of a grid, and the grid: None is the solver's own.
+Placed = tuple[str, str | Spacing | Tensor | None]
 
 
 def compare(
     denoiser: Denoiser,
     shape: Sequence[int],
     solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None = None,
-    grids: Sequence[str] | None = None,
+    grids: Sequence[str] | Mapping[str, str | Spacing | Tensor] | None = None,
     calls: Sequence[int] = CALLS,
     *,
     n: int = 32,
     seed: int | Sequence[int] = 0,
     cond: Cond = None,
+    noisy: bool = False,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> Comparison:
     """How far each solver ends from where the probability flow takes each noise, by grid and number of calls.
@@ -58,37 +61,44 @@ def compare(
         denoiser: the model, called in its own precision.
         shape: of one sample, (*event).
         solvers: names, solvers, or solvers by the names to give them. None: nine choices of solver and grid.
-        grids: names of `GRIDS`, "own" for the solver's; every solver is run on each. None: its own.
+        grids: names of `GRIDS`, "own" for the solver's; or grids by the names to give them (one of times is for their
+            own number of steps only). Every solver is run on each. None: its own.
         calls: network calls allowed; a solver of k calls a step takes the most steps that fit.
         n: noises.
         seed: as in `sample`.
         cond: passed to every call, n rows.
+        noisy: keep solvers that draw noise, as rows without an error, for `Comparison.judge` to measure.
         progress: called with the calls made, all that will be made, and what is being done.
 
     Raises:
         ArgumentError: an unknown name, a solver that draws noise or chooses its own steps, calls < 1, n < 2.
         SamplingError: the truth itself cannot be found. That a solver fails is kept in its cell.
     """
-    pairs = _pairs(solvers, grids)
+    pairs = _pairs(solvers, grids, noisy)
     columns = _columns(calls)
     if not isinstance(n, int) or isinstance(n, bool) or n < 2:
         raise ArgumentError(f"n is {n!r}: expected at least 2 noises, better 32, for a median to mean something")
     fits = {(pair, k): _fit(denoiser.path, pair, tuple(shape), k) for pair in pairs for k in columns}
-    meter = _Meter(progress, CHECK_STEPS + sum(nfe for _, nfe, _ in fits.values()))
-    truth, gap = _truth(denoiser, (n, *shape), seed, cond, meter)
+    exact = {key: nfe for key, (_, nfe, _) in fits.items() if not key[0][0][1].stochastic}
+    meter = _Meter(progress, CHECK_STEPS + sum(exact.values()))
+    truth, gap = _truth(denoiser, (n, *shape), seed, cond, meter) if exact else (None, None)
     cells = []
-    for (name, solver), grid in pairs:
+    for (name, solver), (on, grid) in pairs:
         for k in columns:
-            steps, nfe, why = fits[((name, solver), grid), k]
+            key = ((name, solver), (on, grid)), k
+            steps, nfe, why = fits[key]
             error = median = None
-            if not why:
+            if not why and truth is not None and key in exact:
                 try:
                     x = _run(denoiser, truth.shape, solver, grid, steps, seed, cond)
                     error, median = relative_errors(x, truth)
                 except UndiffuseError as failed:
                     why = str(failed)
-            cells.append(Cell(name, grid, k, steps, nfe, error, median, why))
-            meter.add(nfe, f"{name}, {k} calls")
+            cells.append(Cell(name, on, k, steps, nfe, error, median, why))
+            if key in exact:
+                meter.add(nfe, f"{name}, {k} calls")
+    if truth is None:
+        return Comparison(tuple(cells), repr(denoiser.path), tuple(shape), n, None, "", None)
     words = f"{TRUTH.method} at {TRUTH.rtol:g}, checked by {CHECK_STEPS} steps of {CHECK} on {CHECK_GRID}"
     size = float(truth.double().square().mean().sqrt())
     return Comparison(tuple(cells), repr(denoiser.path), tuple(shape), n, size, words, gap)
@@ -109,31 +119,45 @@ def _columns(calls: Sequence[int]) -> list[int]:
 
 
 def _pairs(
-    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None, grids: Sequence[str] | None
-) -> list[tuple[Named, str]]:
-    """What to run: named solvers, each with the name of a grid."""
+    solvers: Sequence[str | Solver] | Mapping[str, str | Solver] | None,
+    grids: Sequence[str] | Mapping[str, str | Spacing | Tensor] | None,
+    noisy: bool,
+) -> list[tuple[Named, Placed]]:
+    """What to run: named solvers, each with a named grid."""
     if isinstance(solvers, str) or isinstance(grids, str):
         raise ArgumentError(f"solvers = {solvers!r}, grids = {grids!r}: expected lists of names, for example ['heun']")
-    for grid in grids or ():
-        choose(grid, {**GRIDS, OWN: None}, "grid")
+    on = None if grids is None else _placed(grids)
     if solvers is None:
         names = dict.fromkeys(name for name, _ in DEFAULT)
-        wanted = DEFAULT if grids is None else [(name, grid) for name in names for grid in grids]
-        return [((name, get_solver(name)), grid) for name, grid in wanted]
+        usual = [(name, place) for name, grid in DEFAULT for place in _placed([grid])]
+        wanted = usual if on is None else [(name, place) for name in names for place in on]
+        return [((name, get_solver(name)), place) for name, place in wanted]
     items = solvers.items() if isinstance(solvers, Mapping) else [(str(solver), solver) for solver in solvers]
-    named = [_checked(name, solver) for name, solver in items]
-    if not named or grids == []:
+    named = [_checked(name, solver, noisy) for name, solver in items]
+    if not named or on == []:
         raise ArgumentError("there is nothing to compare: name a solver and a grid at least, or leave them out")
-    return list(dict.fromkeys((solver, grid) for solver in named for grid in grids or (OWN,)))
+    return list(dict.fromkeys((solver, place) for solver in named for place in on or _placed([OWN])))
 
 
-def _checked(name: str, given: str | Solver) -> Named:
+def _placed(grids: Sequence[str] | Mapping[str, str | Spacing | Tensor]) -> list[Placed]:
+    named = grids.items() if isinstance(grids, Mapping) else [(grid, grid) for grid in grids]
+    for _, grid in named:
+        if isinstance(grid, str):
+            choose(grid, {**GRIDS, OWN: None}, "grid")
+    return [(name, None if isinstance(grid, str) and grid == OWN else grid) for name, grid in named]
+
+
+def _checked(name: str, given: str | Solver, noisy: bool) -> Named:
     kernel = isinstance(given, str) and given in KERNELS
     solver = TRUTH if kernel else get_solver(given)
-    if kernel or solver.stochastic or solver.evals_per_step == 0:
+    if noisy and (kernel or solver.evals_per_step == 0):
         raise ArgumentError(
-            f"'{name}' draws noise of its own, so a noise has no one end to compare its sample with: take it out, and "
-            "measure its samples instead (undiffuse evaluate RUN --solver NAME)"
+            f"'{name}' follows no grid from noise to data, so its calls are not comparable: take it out"
+        )
+    if kernel or solver.evals_per_step == 0 or (solver.stochastic and not noisy):
+        raise ArgumentError(
+            f"'{name}' draws noise of its own, so a noise has no one end to compare its sample with: take it out, or "
+            "measure its samples instead (undiffuse compare RUN --metrics, undiffuse evaluate RUN --solver NAME)"
         )
     if solver.adaptive:
         raise ArgumentError(f"'{name}' takes as many calls as its tolerance asks for, not as many as are given: out")
@@ -147,12 +171,14 @@ class _Free(Denoiser):
         return torch.zeros_like(x_t)
 
 
-def _fit(path: Path, pair: tuple[Named, str], event: tuple[int, ...], calls: int) -> tuple[int, int, str]:
+def _fit(path: Path, pair: tuple[Named, Placed], event: tuple[int, ...], calls: int) -> tuple[int, int, str]:
     """The most steps within that many calls, the calls they take; and why there is none."""
-    (_, solver), grid = pair
+    (_, solver), (_, grid) = pair
     solver = solver.for_event(event)
     # The first and the last step may be closed forms of one call.
-    for steps in range(min(calls, calls // solver.evals_per_step + 2), 0, -1):
+    counts = range(min(calls, calls // solver.evals_per_step + 2), 0, -1)
+    only = len(grid) - 1 if isinstance(grid, Tensor) else solver.made_for
+    for steps in counts if only is None else [only]:
         try:
             info: Any = _run(_Free(path), (1, *event), solver, grid, steps, 0, None, return_info=True)
         except SamplingError:
@@ -168,14 +194,13 @@ def _run(
     denoiser: Denoiser,
     sizes: Sequence[int],
     solver: Solver,
-    grid: str,
+    grid: str | Spacing | Tensor | None,
     steps: int,
     seed: int | Sequence[int] | Streams,
     cond: Cond,
     **more: Any,
 ) -> Any:
-    chosen = None if grid == OWN else grid
-    return sample(denoiser, tuple(sizes), solver=solver, grid=chosen, steps=steps, seed=seed, cond=cond, **more)
+    return sample(denoiser, tuple(sizes), solver=solver, grid=grid, steps=steps, seed=seed, cond=cond, **more)
 
 
 class _Meter:

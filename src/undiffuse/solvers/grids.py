@@ -58,10 +58,69 @@ def _of_canonical(path: Path, tau: Tensor) -> Tensor:
     return path.time_of_angle(torch.atan2(tau, 1 - tau))
 
 
-# Karras et al. 2022, eq. 5: equal steps in (sigma / alpha)^(1 / 7).
-_RHO = 7.0
 # Measured, see `Solver.default_grid`.
 _CANONICAL = 1.5
+# Halvings of an interval of angles: it is as wide as rounding then.
+_HALVINGS = 60
+
+
+def karras(rho: float = 7.0) -> Spacing:
+    """Equal steps in `(sigma / alpha)^(1 / rho)` (Karras et al. 2022, eq. 5): 1 is equal in the level, infinity in its
+    logarithm; their sampler has 7.
+
+    Raises:
+        ArgumentError: rho not above 0, or infinite (that is "half-log-snr").
+    """
+    if not 0 < rho < math.inf:
+        raise ArgumentError(f"rho is {rho}: expected a number above 0; for the limit of large ones take half-log-snr")
+
+    def to(path: Path, t: Tensor) -> Tensor:
+        return torch.exp(-path.half_log_snr(t) / rho)
+
+    return Spacing(to, lambda path, c: path.time_of(-rho * c.log()), in_level=True)
+
+
+def mixed(first: str | Spacing, second: str | Spacing, share: float = 0.5) -> Spacing:
+    """Of n steps `share` n are spent as `second` spends them, the others as `first`: the densities of times are mixed.
+
+    With u_i a coordinate scaled to 0 at the start of the path and 1 at its end, steps are equal in
+
+        c(t) = (1 - share) u_1(t) + share u_2(t).
+
+    Share 0 is `first` and share 1 `second`, themselves. Where either is a function of the log-SNR that is infinite at
+    the ends, the ends are t_high and t_low for both. The inverse is found by halving, to rounding.
+
+    Raises:
+        ArgumentError: share outside [0, 1], or an unknown name.
+    """
+    if not 0 <= share <= 1:
+        raise ArgumentError(f"share is {share}: expected a number in [0, 1], how much is spent as the second does")
+    one, two = (choose(kind, GRIDS, "grid") if isinstance(kind, str) else kind for kind in (first, second))
+    if share in (0, 1):
+        return two if share else one
+    in_level = one.in_level or two.in_level
+
+    def ends(path: Path) -> Tensor:
+        given = (path.t_high, path.t_low) if in_level else (path.t_max, path.t_min)
+        return torch.tensor(given, dtype=torch.float64)
+
+    def to(path: Path, t: Tensor) -> Tensor:
+        total = torch.zeros_like(t)
+        for spacing, weight in ((one, 1 - share), (two, share)):
+            start, end = spacing.coordinate(path, ends(path))
+            total = total + weight * (spacing.coordinate(path, t) - start) / (end - start)
+        return total
+
+    def back(path: Path, c: Tensor) -> Tensor:
+        # Angles are a coordinate in which every path gives its inverse; c falls with them.
+        high, low = (angle.expand_as(c) for angle in path.angle(ends(path)))
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            before = to(path, path.time_of_angle(middle)) < c
+            low, high = torch.where(before, low, middle), torch.where(before, middle, high)
+        return path.time_of_angle((low + high) / 2)
+
+    return Spacing(to, back, in_level)
 
 
 @lru_cache(maxsize=64)
@@ -96,12 +155,9 @@ GRIDS: dict[str, Spacing] = {
         lambda path, c: _of_canonical(path, c**_CANONICAL),
     ),
     "half-log-snr": Spacing(lambda path, t: path.half_log_snr(t), lambda path, c: path.time_of(c), in_level=True),
-    "karras": Spacing(
-        lambda path, t: torch.exp(-path.half_log_snr(t) / _RHO),
-        lambda path, c: path.time_of(-_RHO * c.log()),
-        in_level=True,
-    ),
+    "karras": karras(),
 }
+GRIDS["mixed"] = mixed("angle", "half-log-snr")
 
 
 def for_values(function: Callable[..., T]) -> Callable[..., T]:
@@ -132,7 +188,8 @@ def make_grid(path: Path, steps: int, kind: str | Spacing = "karras") -> Grid:
         steps: number of steps.
         kind: what the steps are equal in: "time" t; "quadratic" sqrt(t - t_min); "angle" atan2(sigma, alpha);
             "canonical" (sigma / (alpha + sigma))^(2 / 3); "half-log-snr" log(alpha / sigma); "karras"
-            (sigma / alpha)^(1 / 7); "curved-angle" see there; or a `Spacing`.
+            (sigma / alpha)^(1 / 7); "curved-angle" see there; "mixed" half of the angle and half of half log-SNR; or
+            a `Spacing`: `karras(rho)`, `mixed(first, second, share)`, `curved_angle(scale)`.
 
     Raises:
         ArgumentError: steps < 1, an unknown kind, or so many steps that two times coincide.

@@ -16,7 +16,7 @@ from undiffuse.fields import Denoiser, DenoiserAt, HasScore
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Bound, Cond, Solver, StreamNoise, scales
 from undiffuse.solvers.during import evaluating
-from undiffuse.solvers.grids import check_grid, make_grid
+from undiffuse.solvers.grids import Spacing, check_grid, make_grid
 from undiffuse.solvers.integrate import DPM_V3, SOLVERS, Corrector, Step, get_corrector, get_solver, integrate
 from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.markov import Kernel
@@ -64,7 +64,7 @@ def sample(
     noise: Tensor | None = None,
     solver: str | Solver | Kernel = "abm-4",
     steps: int | None = None,
-    grid: str | Tensor | None = None,
+    grid: str | Spacing | Tensor | None = None,
     cond: Cond = None,
     seed: int | Sequence[int] | Tensor | Streams | None = None,
     device: str | torch.device | None = None,
@@ -90,8 +90,8 @@ def sample(
         noise: the starting x itself (not a standard normal), at the grid's first time.
         solver: a name of `SOLVERS` or `KERNELS`, a `Solver`, or a `Kernel`.
         steps: solver steps; None: 20, or the number that the solver was made for. A grid tensor has its own count.
-        grid: a name of `GRIDS`, times strictly decreasing on the path, or None: the solver's
-            own choice, `Solver.default_grid`.
+        grid: a name of `GRIDS`, a `Spacing` such as `karras(5)`, times strictly decreasing on the path, or None: the
+            solver's own choice, `Solver.default_grid`.
         cond: passed to every call of the field.
         seed: an integer (sample i uses stream i of it), one integer per sample (stream 0 of each), streams, or
             None: a fresh one, found in the record.
@@ -232,10 +232,10 @@ def _stop_at_first_bad(step: Step) -> None:
     )
 
 
-def _times(path: Path, solver: Solver, steps: int, grid: str | Tensor | None) -> Tensor:
+def _times(path: Path, solver: Solver, steps: int, grid: str | Spacing | Tensor | None) -> Tensor:
     if grid is None:
         return solver.default_grid(path, steps)
-    return make_grid(path, steps, grid) if isinstance(grid, str) else check_grid(path, grid)
+    return make_grid(path, steps, grid) if isinstance(grid, str | Spacing) else check_grid(path, grid)
 
 
 def _sizes(shape: Sequence[int] | None, noise: Tensor | None) -> tuple[int, ...]:

@@ -199,8 +199,8 @@ def profile_of(path: Path) -> tuple[tuple[float, float], ...]:
     return tuple(zip(path.angle(times).tolist(), torch.hypot(path.alpha(times), path.sigma(times)).tolist()))
 
 
-def same_path(profile: tuple[tuple[float, float], ...], path: Path) -> bool:
-    """Whether a path has that profile."""
+def same_path(profile: Sequence[Sequence[float]], path: Path) -> bool:
+    """Whether a profile is that of a path."""
     return torch.allclose(torch.tensor(profile), torch.tensor(profile_of(path)), rtol=_SAME, atol=_SAME)
 
 
