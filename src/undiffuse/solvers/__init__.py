@@ -28,7 +28,8 @@ from undiffuse.solvers.kernels import KERNELS
 from undiffuse.solvers.langevin import MALA, Langevin, Underdamped
 from undiffuse.solvers.markov import Chains, Draws, Kernel
 from undiffuse.solvers.multistep import DPMpp2M, Multistep
-from undiffuse.solvers.optimised import OptimisedGrid, fit_grid, optimise_grid
+from undiffuse.solvers.optimised import fit_grid, optimise_grid
+from undiffuse.solvers.optimised_grid import OptimisedGrid
 from undiffuse.solvers.picard import Picard
 from undiffuse.solvers.reverse import SRK, EulerMaruyama, ReverseDiffusion, StochasticHeun
 from undiffuse.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta

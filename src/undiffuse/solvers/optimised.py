@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path as File
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core.errors import ArgumentError, CheckpointError, SamplingError
-from undiffuse.core.files import replace_file
-from undiffuse.core.random import Streams
+from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Cond, Solver, rows_of
+from undiffuse.solvers.base import Cond, Solver
+from undiffuse.solvers.ends import Ends, check_counts, relative, squares
 from undiffuse.solvers.grids import GRIDS, Grid, make_grid
 from undiffuse.solvers.integrate import get_solver
-from undiffuse.solvers.sampling import placed, sample
-from undiffuse.solvers.table_file import packed, unpacked
-from undiffuse.solvers.tuned import MOST_CALLS, profile_of, same_path
+from undiffuse.solvers.optimised_grid import OptimisedGrid
+from undiffuse.solvers.sampling import sample
+from undiffuse.solvers.tuned import MOST_CALLS, profile_of
 
 LEAST = 16
 OWN_GRID = "own"
@@ -37,66 +33,6 @@ _FLOOR = 0.01
 _PATIENCE, _TRIES = 4, 8
 # The least fall of the fitted cost that is worth a round.
 _FALL = 1e-6
-
-
-@dataclass(frozen=True)
-class OptimisedGrid:
-    """Times that were fitted, what they are for, and how they were made.
-
-    Args:
-        times: strictly decreasing, from the path's t_max to its t_min.
-        profile, path: of the path, see `Tuned`.
-        about: `solver`, `start` (the named grid that was changed), `n`, `seed`, `reference`, `rounds`; `before` (of
-            that grid) and `after`, each `rms` and `median` error relative to the RMS of the true ends, on noises that
-            neither fitted nor chose.
-    """
-
-    times: tuple[float, ...]
-    profile: tuple[tuple[float, float], ...]
-    path: str
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def steps(self) -> int:
-        """One less than there are times."""
-        return len(self.times) - 1
-
-    def grid(self, path: Path) -> Grid:
-        """The times, for `ud.sample(..., grid=...)`.
-
-        Raises:
-            ArgumentError: another path than they were fitted on.
-        """
-        if not same_path(self.profile, path):
-            raise ArgumentError(f"this grid was fitted on the path {self.path}, not on {path}: fit another")
-        return torch.tensor(self.times, dtype=torch.float64)
-
-    def save(self, file: str | File) -> File:
-        """Write it as safetensors, whole or not at all."""
-        target = File(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"times": self.times, "profile": self.profile}
-        words = {"path": self.path, "about": dict(self.about)}
-        replace_file(target, packed({k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}, words))
-        return target
-
-    @classmethod
-    def load(cls, file: str | File) -> OptimisedGrid:
-        """What `save` wrote.
-
-        Raises:
-            CheckpointError: it is not there, or not whole, or no such file.
-        """
-        tensors, words = unpacked(File(file))
-        try:
-            times, profile = tensors["times"].tolist(), tensors["profile"].tolist()
-            return cls(tuple(times), tuple((a, b) for a, b in profile), str(words["path"]), words["about"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} holds no grid that can be used: {error}. Fit it again") from error
-
-    def with_about(self, **more: Any) -> OptimisedGrid:
-        """With more said of how it was made."""
-        return replace(self, about={**self.about, **more})
 
 
 def optimise_grid(
@@ -157,17 +93,35 @@ def fit_grid(
         ArgumentError: an argument out of its range, or a solver that draws noise or chooses its own times.
         SamplingError: the reference is not finite, or no named grid's run is.
     """
-    _check(steps, n, reference, batch, most_rounds)
+    check_counts(
+        steps=(steps, 1, MOST_CALLS),
+        n=(n, LEAST, math.inf),
+        reference=(reference, 2, math.inf),
+        batch=(batch, 1, math.inf),
+        most_rounds=(most_rounds, 1, math.inf),
+    )
     chosen = _checked(solver)
-    ends = _Ends.of(denoiser, tuple(event), cond, n, seed, reference, batch)
-    fitted, held, kept = ends.rows(0, n // 2), ends.rows(n // 2, 3 * n // 4), ends.rows(3 * n // 4, n)
-    tell = callback or (lambda done, total, error: None)
-
-    def distances(times: Tensor, some: _Ends) -> Tensor:
-        return _squares(_runs(denoiser, chosen, times, some, batch) - some.x).sqrt()
-
+    fitted, held, kept = Ends.of(denoiser, tuple(event), cond, n, seed, reference, batch).shared_out()
     named = _named(denoiser.path, chosen.for_event(tuple(event)), steps)
-    far = {name: _tried(lambda t=times: distances(t, fitted)) for name, times in named.items()}
+    first, best, rounds = _search(denoiser, chosen, named, fitted, held, batch, most_rounds, callback)
+    errors = [relative(_far(denoiser, chosen, times, kept, batch), kept) for times in (named[first], best)]
+    made = {"solver": str(solver), "start": first, "n": n, "seed": seed, "reference": reference, "rounds": rounds}
+    found = OptimisedGrid(tuple(best.tolist()), profile_of(denoiser.path), repr(denoiser.path))
+    return found.with_about(**made, before=errors[0], after=errors[1])
+
+
+def _search(
+    denoiser: Denoiser,
+    solver: Solver,
+    named: dict[str, Grid],
+    fitted: Ends,
+    held: Ends,
+    batch: int,
+    most_rounds: int,
+    callback: Callable[[int, int, float], object] | None,
+) -> tuple[str, Grid, int]:
+    """The best named grid, and the best of all that was seen, on `held`; the rounds made from that on `fitted`."""
+    far = {name: _tried(lambda t=times: _far(denoiser, solver, t, fitted, batch)) for name, times in named.items()}
     far = {name: d for name, d in far.items() if d is not None}
     if not far:
         raise SamplingError(f"{solver!r} ends in numbers that are not finite on every named grid: give more steps")
@@ -177,36 +131,25 @@ def fit_grid(
     def cost(d: Tensor | None) -> float:
         return math.inf if d is None else float(0.5 * torch.log((d / unit).square() + _FLOOR**2).mean())
 
-    seen = {name: cost(_tried(lambda t=named[name]: distances(t, held))) for name in far}
+    def held_cost(times: Grid) -> float:
+        return cost(_tried(lambda: _far(denoiser, solver, times, held, batch)))
+
+    seen = {name: held_cost(named[name]) for name in far}
     first = min(seen, key=lambda name: seen[name])
     best, least, rounds, stale = named[first], seen[first], 0, 0
+    if len(named[start]) == 2 or unit == 0:
+        return first, best, rounds
     form = _Form(denoiser, named[start])
-    if steps > 1 and unit > 0:
-        for rounds, times in enumerate(_descent(form, denoiser, chosen, fitted, batch, cost, unit), start=1):
-            now = cost(_tried(lambda t=times: distances(t, held)))
-            stale = 0 if now < least else stale + 1
-            if now < least:
-                best, least = times, now
-            tell(rounds, most_rounds, math.exp(least - seen[first]))
-            if rounds >= most_rounds or stale >= _PATIENCE:
-                break
-    errors = [_relative(distances(times, kept), kept) for times in (named[first], best)]
-    made = {"solver": str(solver), "start": first, "n": n, "seed": seed, "reference": reference, "rounds": rounds}
-    found = OptimisedGrid(tuple(best.tolist()), profile_of(denoiser.path), repr(denoiser.path))
-    return found.with_about(**made, before=errors[0], after=errors[1])
-
-
-def _check(steps: int, n: int, reference: int, batch: int, most_rounds: int) -> None:
-    for name, value, low, high in (
-        ("steps", steps, 1, MOST_CALLS),
-        ("n", n, LEAST, math.inf),
-        ("reference", reference, 2, math.inf),
-        ("batch", batch, 1, math.inf),
-        ("most_rounds", most_rounds, 1, math.inf),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            span = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ArgumentError(f"{name} is {value!r}: expected a whole number, {span}")
+    for rounds, times in enumerate(_descent(form, denoiser, solver, fitted, batch, cost, unit), start=1):
+        now = held_cost(times)
+        stale = 0 if now < least else stale + 1
+        if now < least:
+            best, least = times, now
+        if callback is not None:
+            callback(rounds, most_rounds, math.exp(least - seen[first]))
+        if rounds >= most_rounds or stale >= _PATIENCE:
+            break
+    return first, best, rounds
 
 
 def _checked(given: str | Solver) -> Solver:
@@ -229,43 +172,19 @@ def _named(path: Path, solver: Solver, steps: int) -> dict[str, Grid]:
     return found
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Trajectories by their starts and their true ends, and their conditions."""
-
-    start: Tensor
-    x: Tensor
-    cond: Cond
-
-    @classmethod
-    def of(
-        cls, denoiser: Denoiser, event: tuple[int, ...], cond: Cond, n: int, seed: int, reference: int, batch: int
-    ) -> _Ends:
-        weight = next((p for p in (*denoiser.parameters(), *denoiser.buffers()) if p.is_floating_point()), None)
-        like = torch.empty(0) if weight is None else weight
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        z = Streams.of(seed, n).normal((n, *event), dtype=dtype).to(like.device)
-        start = z * float(denoiser.path.sigma(torch.tensor(denoiser.path.t_max, dtype=torch.float64)))
-        some = cls(start, start, placed(cond, n, like.device))
-        return replace(some, x=_runs(denoiser, get_solver("abm-4"), reference, some, batch))
-
-    def rows(self, low: int, high: int) -> _Ends:
-        which = torch.arange(low, min(high, len(self.x)))
-        return _Ends(self.start[low:high], self.x[low:high], rows_of(self.cond, which))
-
-    def batches(self, size: int) -> Iterator[_Ends]:
-        return (self.rows(low, low + size) for low in range(0, len(self.x), size))
-
-
-def _runs(denoiser: Denoiser, solver: Solver, times: Tensor | int, ends: _Ends, batch: int) -> Tensor:
-    """Where a solver ends, on times or in so many steps of its own."""
-    how: dict[str, Any] = {"steps": times} if isinstance(times, int) else {"grid": times}
+def _runs(denoiser: Denoiser, solver: Solver, times: Grid, ends: Ends, batch: int) -> Tensor:
+    """Where a solver ends."""
     with torch.no_grad():
         parts = [
-            sample(denoiser, noise=part.start, solver=solver, cond=part.cond, device=part.start.device, **how)
+            sample(denoiser, noise=part.start, solver=solver, grid=times, cond=part.cond, device=part.start.device)
             for part in ends.batches(batch)
         ]
     return torch.cat(parts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _far(denoiser: Denoiser, solver: Solver, times: Grid, ends: Ends, batch: int) -> Float[Tensor, " b"]:
+    """How far from their true ends the solver's are."""
+    return squares(_runs(denoiser, solver, times, ends, batch) - ends.x).sqrt().cpu()
 
 
 def _tried(run: Callable[[], Tensor]) -> Tensor | None:
@@ -299,7 +218,7 @@ def _descent(
     form: _Form,
     denoiser: Denoiser,
     solver: Solver,
-    fitted: _Ends,
+    fitted: Ends,
     batch: int,
     cost: Callable[[Tensor | None], float],
     unit: float,
@@ -311,7 +230,7 @@ def _descent(
     """
 
     def far(z: Tensor) -> float:
-        return cost(_tried(lambda: _squares(_runs(denoiser, solver, form(z), fitted, batch) - fitted.x).sqrt()))
+        return cost(_tried(lambda: _far(denoiser, solver, form(z), fitted, batch)))
 
     z, damping, longest = form.zero, 1e-2, _LONGEST
     value = far(z)
@@ -336,7 +255,7 @@ def _descent(
 
 
 def _normal(
-    form: _Form, denoiser: Denoiser, solver: Solver, ends: _Ends, batch: int, unit: float, z: Tensor
+    form: _Form, denoiser: Denoiser, solver: Solver, ends: Ends, batch: int, unit: float, z: Tensor
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p p"]]:
     """Gradient and curvature of the cost at z, by forward differences."""
     p = len(z)
@@ -355,13 +274,3 @@ def _normal(
         slope += (jacobian.T @ (r * weight).flatten()).cpu() / len(ends.x)
         curve += (jacobian.T @ jacobian).cpu() / len(ends.x)
     return slope, curve
-
-
-def _squares(x: Tensor) -> Float[Tensor, " b"]:
-    return x.flatten(1).double().square().sum(1).cpu()
-
-
-def _relative(distances: Tensor, ends: _Ends) -> dict[str, float]:
-    """RMS and median relative to the RMS length of the true ends."""
-    length = _squares(ends.x).mean().sqrt()
-    return {"rms": float(distances.square().mean().sqrt() / length), "median": float(distances.median() / length)}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,15 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, SamplingError
-from undiffuse.core.random import Streams
 from undiffuse.core.shapes import pad_to
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Cond, Solver, rows_of
+from undiffuse.solvers.base import Cond, Solver
 from undiffuse.solvers.descent import descend, whitening
 from undiffuse.solvers.during import evaluating
+from undiffuse.solvers.ends import Ends, check_counts, relative, squares
 from undiffuse.solvers.integrate import get_solver
-from undiffuse.solvers.sampling import placed, sample
 from undiffuse.solvers.tuned import MOST_CALLS, Tuned, linear_table, prediction_of
 
 LEAST = 32
@@ -87,77 +85,28 @@ def tune(
         ArgumentError: an argument out of its range; a start that does not take `calls` calls in as many steps.
         SamplingError: the reference, or the start's run, is not finite.
     """
-    _check(calls, n, reference, batch, most_steps)
+    check_counts(
+        calls=(calls, 1, MOST_CALLS),
+        n=(n, LEAST, math.inf),
+        reference=(reference, 2, math.inf),
+        batch=(batch, 1, math.inf),
+        most_steps=(most_steps, 1, math.inf),
+    )
     tell = callback or (lambda progress: None)
     table = linear_table(get_solver(start), denoiser.path, calls, event)
     if table.calls != calls:
         raise ArgumentError(f"start {start!r}: {calls} steps of it take {table.calls} calls; take one of a call a step")
     with evaluating(denoiser):
-        ends = _Ends.of(denoiser, tuple(event), cond, n, seed, reference, batch, tell)
-        fitted, held, kept = ends.rows(0, n // 2), ends.rows(n // 2, 3 * n // 4), ends.rows(3 * n // 4, n)
+        ends = Ends.of(
+            denoiser, tuple(event), cond, n, seed, reference, batch, lambda done: tell(Progress("reference", done, n))
+        )
+        fitted, held, kept = ends.shared_out()
         form = _Form(table, denoiser, fitted.rows(0, batch))
         best, steps = _fit(form, denoiser, fitted, held, batch, most_steps, tell)
-        errors = [_relative(_distances(denoiser, form, z, kept, batch), kept) for z in (form.zero, best)]
+        errors = [relative(_distances(denoiser, form, z, kept, batch), kept) for z in (form.zero, best)]
     tell(Progress("measure", 1, 1))
     made = {"n": n, "seed": seed, "start": str(start), "steps": steps, "reference": reference}
     return form.solver(best, prediction_of(denoiser)).with_about(**made, before=errors[0], after=errors[1])
-
-
-def _check(calls: int, n: int, reference: int, batch: int, most_steps: int) -> None:
-    for name, value, low, high in (
-        ("calls", calls, 1, MOST_CALLS),
-        ("n", n, LEAST, math.inf),
-        ("reference", reference, 2, math.inf),
-        ("batch", batch, 1, math.inf),
-        ("most_steps", most_steps, 1, math.inf),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            span = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ArgumentError(f"{name} is {value!r}: expected a whole number, {span}")
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Trajectories by their two ends, and their conditions. `y` is the start, x / hypot(alpha, sigma)."""
-
-    y: Tensor
-    x: Tensor
-    cond: Cond
-
-    @classmethod
-    def of(
-        cls,
-        denoiser: Denoiser,
-        event: tuple[int, ...],
-        cond: Cond,
-        n: int,
-        seed: int,
-        reference: int,
-        batch: int,
-        tell: Callable[[Progress], object],
-    ) -> _Ends:
-        """The true ends of n noises."""
-        like = next((p for p in denoiser.parameters()), next((b for b in denoiser.buffers()), torch.empty(0)))
-        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
-        z = Streams.of(seed, n).normal((n, *event), dtype=dtype).to(like.device)
-        cond = placed(cond, n, like.device)
-        alpha, sigma = _scales(denoiser.path, torch.tensor(denoiser.path.t_max, dtype=torch.float64))
-        found = []
-        for rows in torch.arange(n).split(batch):
-            tell(Progress("reference", int(rows[0]), n))
-            x = z[rows.to(z.device)] * float(sigma)
-            found.append(
-                sample(denoiser, noise=x, steps=reference, cond=rows_of(cond, rows), device=z.device, dtype=dtype)
-            )
-        tell(Progress("reference", n, n))
-        return cls(z * float(sigma / torch.hypot(alpha, sigma)), torch.cat(found), cond)
-
-    def rows(self, low: int, high: int) -> _Ends:
-        which = torch.arange(low, min(high, len(self.y)))
-        return _Ends(self.y[low:high], self.x[low:high], rows_of(self.cond, which))
-
-    def batches(self, size: int) -> Iterator[_Ends]:
-        return (self.rows(low, low + size) for low in range(0, len(self.y), size))
 
 
 def _scales(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +120,7 @@ class _Form:
     the runs of `ends`; the gaps between the angles' square roots by their logarithms.
     """
 
-    def __init__(self, table: Tuned, denoiser: Denoiser, ends: _Ends):
+    def __init__(self, table: Tuned, denoiser: Denoiser, ends: Ends):
         self.table, self.path, n = table, denoiser.path, table.calls
         low = max(self.path.t_min, min(denoiser.t_low, self.path.t_max))
         times = torch.tensor([self.path.t_max, low, self.path.t_min], dtype=torch.float64)
@@ -206,14 +155,14 @@ class _Form:
 
 
 def run(
-    denoiser: Denoiser, ends: _Ends, angles: Tensor, rows: Sequence[Tensor], size: float
+    denoiser: Denoiser, ends: Ends, angles: Tensor, rows: Sequence[Tensor], size: float
 ) -> tuple[Tensor, list[Tensor]]:
     """A table's end, and all that it was made of; differentiable by angles and weights. `size`: hypot at the end."""
-    known = [ends.y]
+    start = torch.hypot(*_scales(denoiser.path, torch.tensor(denoiser.path.t_max, dtype=torch.float64)))
+    known = [y := ends.start / float(start)]
     for psi, row in zip(_times(denoiser.path, angles), rows):
-        t = psi.to(ends.y)
-        x = _sum(known, row) * pad_to(torch.hypot(*_scales(denoiser.path, psi)).to(ends.y), ends.y)
-        known.append(denoiser(x, t, ends.cond).to(ends.y.dtype))
+        x = _sum(known, row) * pad_to(torch.hypot(*_scales(denoiser.path, psi)).to(y), y)
+        known.append(denoiser(x, psi.to(y), ends.cond).to(y.dtype))
     return _sum(known, rows[-1]) * size, known
 
 
@@ -236,8 +185,8 @@ def _times(path: Path, angles: Tensor) -> Tensor:
 def _fit(
     form: _Form,
     denoiser: Denoiser,
-    fitted: _Ends,
-    held: _Ends,
+    fitted: Ends,
+    held: Ends,
     batch: int,
     most_steps: int,
     tell: Callable[[Progress], object],
@@ -256,7 +205,7 @@ def _fit(
         with torch.enable_grad():
             for part in fitted.batches(batch):
                 x, _ = run(denoiser, part, *form(point), form.size)
-                loss = cost(_squares(x - part.x)).sum() / len(fitted.y)
+                loss = cost(squares(x - part.x)).sum() / len(fitted.x)
                 gradient += torch.autograd.grad(loss, point)[0]
                 total += float(loss.detach())
         return (total if bool(torch.isfinite(gradient).all()) else math.inf), gradient
@@ -280,20 +229,7 @@ def _fit(
     return best, step
 
 
-def _squares(x: Tensor) -> Float[Tensor, " b"]:
-    return x.flatten(1).double().square().sum(1)
-
-
-def _distances(denoiser: Denoiser, form: _Form, z: Tensor, ends: _Ends, batch: int) -> Float[Tensor, " b"]:
+def _distances(denoiser: Denoiser, form: _Form, z: Tensor, ends: Ends, batch: int) -> Float[Tensor, " b"]:
     """How far from their true ends the table's are."""
-    parts = [_squares(run(denoiser, part, *form(z), form.size)[0] - part.x).sqrt() for part in ends.batches(batch)]
+    parts = [squares(run(denoiser, part, *form(z), form.size)[0] - part.x).sqrt() for part in ends.batches(batch)]
     return torch.cat(parts).cpu()
-
-
-def _relative(distances: Tensor, ends: _Ends) -> dict[str, float]:
-    """RMS and median relative to the RMS length of the true ends."""
-    length = _squares(ends.x).mean().sqrt().cpu()
-    return {
-        "rms": float(distances.square().mean().sqrt() / length),
-        "median": float(distances.quantile(0.5) / length),
-    }
