@@ -123,6 +123,13 @@ def test_stochastic_solvers_alone_have_no_truth(run, command):
         assert picture.height == 2 * one  # the error's panel, and the number's
 
 
+def test_where_nothing_can_be_best_nothing_is_recommended(run, command):
+    words = ("--metrics", "nearest", "--metrics-n", "20", "--calls", "2", "--n", "2", "--solvers", "sa-2")
+    result = command("compare", str(run), *words, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["recommended"] is None
+
+
 def test_a_tuned_solver_is_compared_at_its_own_calls(run, command):
     made = command("tune", run, "--calls", 3, "--n", 32, "--most-steps", 1, "--reference", 20)
     assert made.exit_code == 0, made.stderr

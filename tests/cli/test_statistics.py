@@ -58,7 +58,7 @@ def test_sample_finds_it_by_name_and_settings(known_run, command):
     assert result.exit_code == 0, result.stderr
     assert result.json()["nfe"] == 2
     there = npz(Path("x"))["samples"]
-    solvers = (run.solver("dpm-v3", points=1), "ddim")
+    solvers = (run.solver("dpm-v3", {"points": 1}), "ddim")
     by_hand, other = (ud.sample(run.denoiser(), (5, 2), seed=list(range(5)), solver=s, steps=2) for s in solvers)
     assert np.abs(there - by_hand.numpy()).max() < 5e-4 < 0.2 * np.abs(there - other.numpy()).max()
 

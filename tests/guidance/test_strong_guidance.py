@@ -141,6 +141,28 @@ def test_the_default_notices_sample_by_sample():
         assert torch.allclose(run(torch.tensor([row]))[0], together[row], rtol=1e-10, atol=1e-10)
 
 
+def test_what_the_default_notices_costs_no_precision_under_autocast():
+    law, path, x = LAWS["ring"][0].float(), PATHS["linear"], start("ring", PATHS["linear"]).float()
+    field = ClassifierFree(law.denoiser(path), SCALE)
+    plain = ud.sample(field, noise=x, solver="abm-4", steps=CALLS, cond=COND)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ud.sample(Plainly(field), noise=x, solver="abm-4", steps=CALLS, cond=COND)
+    assert cast.dtype == torch.float32
+    assert torch.allclose(cast, plain, rtol=1e-4, atol=1e-4)
+
+
+class Plainly(ud.Denoiser):
+    """Another's answers, outside autocast."""
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser.path)
+        self.denoiser = denoiser
+
+    def forward(self, x_t, t, cond=None):
+        with torch.autocast("cpu", enabled=False):
+            return self.denoiser(x_t, t, cond)
+
+
 def test_guidance_by_the_exact_classifier_is_the_same_field():
     """The two forms of guidance agree where both are exact, and so do samples of them."""
     law, path = LAWS["ring"][0], PATHS["vp"]

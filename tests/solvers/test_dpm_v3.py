@@ -86,6 +86,15 @@ def test_independent_gaussians_have_their_closed_form(path):
     assert torch.allclose(found.bias, 2 * wanted * (1 - wanted) * law.flat_mean, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("x_0", "cond"),
+    [(torch.zeros(4, 2, dtype=torch.int64), None), (torch.zeros(4), None), (torch.zeros(4, 2), torch.zeros(3).long())],
+)
+def test_data_that_no_statistics_can_be_made_of(x_0, cond):
+    with pytest.raises(ArgumentError, match="expected"):
+        ud.model_statistics(ud.GaussianMixture(torch.zeros(1, 2), torch.ones(1)).denoiser(ud.VP()), x_0, cond=cond)
+
+
 def test_what_an_l_that_is_not_the_coordinate_s_own_leaves_is_followed_exactly():
     """l the mean of two coordinates': `f = (l_i - l) u - l_i m`, `s = -2 + l_i + 2 l_j`, whatever the samples are."""
     law = ud.oracles.Gaussian(torch.tensor([0.7, -0.4], dtype=F64), std=torch.tensor([1.0, 0.3], dtype=F64))

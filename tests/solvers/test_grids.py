@@ -226,6 +226,22 @@ def test_what_is_kept_of_a_path_is_of_that_path_as_it_is():
     assert seen(VP()) == usual
 
 
+def test_a_path_that_compares_by_less_than_it_is_made_of_keeps_nothing():
+    class Slow(VP):
+        def __init__(self, power):
+            super().__init__()
+            object.__setattr__(self, "power", power)
+
+        def alpha(self, t):
+            return super().alpha(t**self.power)
+
+    assert Slow(1.0) == Slow(3.0)
+    times = torch.tensor([0.5, 0.25], dtype=F64)
+    found = [Bound(Named(Slow(power)), grid=times).scales(times[1])[0] for power in (1.0, 3.0)]
+    wanted = [float(VP().alpha(torch.tensor(0.25**power, dtype=F64))) for power in (1.0, 3.0)]
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
 def test_a_grid_is_the_caller_s_own():
     grid = make_grid(Linear(), 4, "angle")
     before = grid.clone()

@@ -181,6 +181,16 @@ class Copy:
         return x.clone()
 
 
+def test_noise_that_leaves_nothing_of_a_state():
+    """eta = 20: what is kept of x is below the least float64 number, and the run is E[x_0] with noise."""
+    law, path = mixture(), VP()
+    solver = Multistep(2, "data", "half-log-snr", eta=20.0)
+    for steps in (2, 3, 4):
+        x = sample(law.denoiser(path), (200, 2), solver=solver, steps=steps, seed=0, dtype=F64)
+        assert bool(torch.isfinite(x).all())
+        assert float(x.norm(dim=1).max()) < 8
+
+
 def test_a_state_that_came_from_elsewhere_is_not_corrected():
     denoiser = mixture().denoiser(Linear())
     runs = [

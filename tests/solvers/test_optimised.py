@@ -53,6 +53,18 @@ def test_it_beats_every_named_grid_on_unseen_noises(steps):
         assert median < 0.4 * others[1], name
 
 
+def test_a_fitted_grid_and_a_tuned_solver_are_not_mistaken_for_each_other(tmp_path):
+    grid = fit_grid(RING.denoiser(ud.VP()), (2,), 3, solver="ddim", n=16, most_rounds=1)
+    with pytest.raises(CheckpointError, match="no fitted grid"):
+        OptimisedGrid.load(
+            ud.solvers.linear_table(ud.solvers.DDIM(), ud.VP(), 3, (2,)).save(tmp_path / "a.safetensors")
+        )
+    with pytest.raises(CheckpointError, match="undiffuse-grid-1"):
+        ud.Tuned.load(grid.save(tmp_path / "b.safetensors"))
+    with pytest.raises(CheckpointError, match="--only grid"):
+        OptimisedGrid.load(tmp_path / "none.safetensors")
+
+
 def test_what_it_says_of_itself():
     """`before` and `after` are errors of the last quarter of the noises, of the grid it began with and of its own."""
     denoiser, told = RING.denoiser(ud.VP()), []
@@ -64,8 +76,8 @@ def test_what_it_says_of_itself():
     for name, grid in (("before", start), ("after", found.grid(ud.VP()))):
         x = ud.sample(denoiser, noise=noise, solver="ab2", steps=6, grid=grid)
         rms, median = relative_errors(x, truth)
-        assert found.about[name]["rms"] == pytest.approx(rms, rel=1e-4)
-        assert found.about[name]["median"] == pytest.approx(median, rel=1e-4)
+        assert found.about[name]["rms"] == pytest.approx(rms, rel=2e-3)  # float32
+        assert found.about[name]["median"] == pytest.approx(median, rel=2e-3)
     assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
     shares = [share for _, _, share in told]
     assert shares == sorted(shares, reverse=True)
@@ -86,7 +98,7 @@ def test_it_is_kept_whole_and_for_its_path(tmp_path):
     assert torch.equal(again.grid(ud.Linear()), torch.tensor(found.times, dtype=F64))
     with pytest.raises(ArgumentError, match="fitted on the path Linear"):
         again.grid(ud.VP())
-    with pytest.raises(CheckpointError, match="no solver that can be used"):
+    with pytest.raises(CheckpointError, match="no tuned solver"):
         ud.Tuned.load(file)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

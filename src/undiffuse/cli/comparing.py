@@ -22,6 +22,8 @@ from undiffuse.report.comparison import draw, markdown
 from undiffuse.solvers import KERNELS, OWN, SOLVERS, Comparison, Recommendation, Solver, compare
 from undiffuse.training.files import disk_errors, replace_file
 
+NOTHING = "Nothing is recommended: no row has an error along the flow, and of no number measured is one end the best."
+
 
 @dataclass(frozen=True)
 class Done:
@@ -84,7 +86,7 @@ class Job:
         if quality is not None:
             found = quality.measure(found, screen)
         advised = advice_of(found, self.level)
-        said = "\n".join(in_words(advice, self._line(settings, advice)) for advice in advised)
+        said = "\n".join(in_words(advice, self._line(settings, advice)) for advice in advised) or NOTHING
         made = {"run": str(loaded.folder), "weights": model.ema, "step": model.step, "seeds": f"{seeds[0]}-{seeds[-1]}"}
         made |= {"label": self.label, "threshold": sampler.threshold, "precision": "fp32", "level": self.level}
         made |= {"seconds": round(time.monotonic() - began, 1), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -140,7 +142,7 @@ def made(text: str, run: Run) -> Solver:
 
 
 def advice_of(found: Comparison, level: float) -> list[Recommendation]:
-    """By the error, unless no row has one; and by the first number of which an end is best.
+    """By the error, unless no row has one; and by the first number of which an end is best. None by neither.
 
     Raises:
         ArgumentError: every cell failed.
@@ -148,7 +150,8 @@ def advice_of(found: Comparison, level: float) -> list[Recommendation]:
     number = next((name for name in found.numbers if any(found.best(calls, name) for calls in found.calls)), None)
     by_number = [] if number is None else [found.recommend_by(number)]
     exact = any(cell.median is not None for cell in found.cells)
-    return ([found.recommend(level)] if exact or not by_number else []) + by_number
+    failed = all(cell.failure for cell in found.cells)
+    return ([found.recommend(level)] if exact or failed else []) + by_number
 
 
 def in_words(advice: Recommendation, line: str) -> str:

@@ -125,7 +125,7 @@ def _optimised(
     from undiffuse.solvers import fit_grid
 
     sampler: Any = model.sampler
-    solver: Any = options.parse_solver(start, model.run.recipe.settings)
+    solver: Any = options.parse_solver(start, model.run.recipe.settings, model.run.folder)
     with screen.progress("fitting a grid", "rounds") as bar:
         found = fit_grid(
             sampler.bounded,

@@ -6,6 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -41,8 +42,11 @@ class Path(ABC):
         t_low: the smallest time at which a network is trained or called, `sigma(t_low) > 0`.
         t_high: the largest time with a moderate signal, `alpha(t_high) > 0`. The half log-SNR is evaluated
             on [t_low, t_high] only; outside it quantities are written in alpha and sigma themselves.
+        value: whether equal paths of this very class are the same for good, so that what is computed of one may be kept
+            for another. Not inherited: a subclass may compare by less than it is made of.
     """
 
+    value: ClassVar[bool] = False
     t_min: float = 0.0
     t_max: float = 1.0
     t_low: float = 1e-3

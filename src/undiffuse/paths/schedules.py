@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -58,6 +59,8 @@ class _BetaPath(Path):
 class VP(_BetaPath):
     """Variance preserving: `dx = -beta x / 2 dt + sqrt(beta) dw`, `sigma^2 = 1 - exp(-B)`."""
 
+    value: ClassVar[bool] = True
+
     def sigma(self, t: Time) -> Time:
         return torch.sqrt(-torch.expm1(-self.integral(t)))
 
@@ -77,6 +80,8 @@ class VP(_BetaPath):
 @dataclass(frozen=True)
 class SubVP(_BetaPath):
     """Sub-VP: drift of VP, `sigma = 1 - exp(-B)`, `g^2 = beta (1 - exp(-2 B))` (Song et al. 2021, eq. 28-29)."""
+
+    value: ClassVar[bool] = True
 
     def sigma(self, t: Time) -> Time:
         return -torch.expm1(-self.integral(t))
@@ -98,6 +103,8 @@ class VE(Path):
 
     It never reaches sigma = 0: samples end at `t_min = 0` with noise of size `sigma_min`.
     """
+
+    value: ClassVar[bool] = True
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -138,6 +145,8 @@ class Karras(Path):
 
     `sigma_min` is the smallest level a network is called at; the last step goes from there to 0 in closed form.
     """
+
+    value: ClassVar[bool] = True
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -196,6 +205,8 @@ class _ReachingNoise(Path):
 class Linear(_ReachingNoise):
     """`alpha = 1 - t`, `sigma = t`: flow matching's straight line (Lipman et al. 2023; rectified flow)."""
 
+    value: ClassVar[bool] = True
+
     def alpha(self, t: Time) -> Time:
         return 1 - t
 
@@ -215,6 +226,8 @@ class Linear(_ReachingNoise):
 @dataclass(frozen=True)
 class Trig(_ReachingNoise):
     """`alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)`: the angle is proportional to t."""
+
+    value: ClassVar[bool] = True
 
     def alpha(self, t: Time) -> Time:
         return torch.sin(0.5 * math.pi * (1 - t))
@@ -238,6 +251,8 @@ class Cosine(_ReachingNoise):
 
     Nichol and Dhariwal 2021, eq. 17, with their offset s.
     """
+
+    value: ClassVar[bool] = True
 
     offset: float = 0.008
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ class Tabulated(Path):
     Raises:
         ArgumentError: fewer than 2 levels, or levels that do not decrease.
     """
+
+    value: ClassVar[bool] = True
 
     def __init__(self, half_log_snr: Tensor, *, variance_preserving: bool = True):
         table = half_log_snr.detach().to("cpu", torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError, RecipeError, RunError, nearest
 from undiffuse.fields import NetworkClassifier, NetworkDenoiser
 from undiffuse.fields.energy import NetworkEnergy
+from undiffuse.recipes import build
 from undiffuse.recipes.devices import pick_device
 from undiffuse.recipes.load import load_recipe
 from undiffuse.recipes.recipe import Recipe
 from undiffuse.recipes.schema import FactsSection
 from undiffuse.recipes.tuned import IN_FOLDER, STATISTICS, grid_in_folder, in_folder
-from undiffuse.solvers import Tuned
+from undiffuse.solvers import Solver
 from undiffuse.training import Checkpoint, TrainResult, list_checkpoints, load_checkpoint, rebuild
 from undiffuse.training.state import restore_module
 
@@ -194,22 +196,23 @@ class Run:
         self.expect("classifier")
         return cast(NetworkClassifier, self.model(ema, step, device))
 
-    def solver(self, name: str, **settings: Any) -> Tuned | DPMv3:
+    def solver(self, name: str, settings: Mapping[str, Any] | None = None) -> Solver:
         """A solver made for this run: `ud.sample(..., solver=run.solver("tuned-8"))`.
 
         Args:
             name: "tuned-8", of `undiffuse tune`; "dpm-v3", of `undiffuse statistics`.
-            settings: of `DPMv3`, such as points=3.
+            settings: of `DPMv3`, such as {"points": 3}.
 
         Raises:
-            ArgumentError: no such solver; says which there are. CheckpointError: its file is damaged.
+            ArgumentError: no such solver; says which there are. RecipeError: no such setting. CheckpointError: its file
+                is damaged.
         """
-        found = in_folder({"name": name, **settings}, self.folder)
+        found = in_folder({"name": name, **(settings or {})}, self.folder)
         if found["name"] not in IN_FOLDER:
             raise ArgumentError(
                 f"'{name}' is no solver tuned to this run: those are called tuned-CALLS, and {STATISTICS}"
             )
-        return IN_FOLDER[found.pop("name")](**found)
+        return build.solver(found)
 
     def grid(self, name: str) -> Tensor:
         """A grid fitted to this run, by a name such as "optimised-8": `ud.sample(..., grid=run.grid("optimised-8"))`.

@@ -49,7 +49,7 @@ class Carriage(NamedTuple):
 
 
 def carriage(statistics: ModelStatistics, span: tuple[float, float], basis: Basis) -> Carriage:
-    """The integrals over a step, exact to rounding for statistics that are straight lines between their places.
+    """The integrals over a step, to rounding for such statistics, which are smooth between their places.
 
     Args:
         statistics: of the model.
@@ -82,7 +82,7 @@ def carriage(statistics: ModelStatistics, span: tuple[float, float], basis: Basi
 
 
 def _edges(places: Float[Tensor, " k"], span: tuple[float, float]) -> Tensor:
-    """The ends of pieces on which statistics are straight lines, none longer than _PIECE."""
+    """The ends of pieces on which statistics are smooth, none longer than _PIECE."""
     a, b = span
     inner = places[(places > a) & (places < b)].tolist()
     edges = [a, *inner, b]

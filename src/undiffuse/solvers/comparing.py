@@ -187,7 +187,9 @@ def _fit(path: Path, pair: tuple[Named, Placed], event: tuple[int, ...], calls: 
             return steps, 0, str(failed)
         if info.nfe <= calls:
             return steps, info.nfe, ""
-    return 0, 0, f"not one step can be made in {calls} calls"
+    if only is None:
+        return 0, 0, f"not one step can be made in {calls} calls"
+    return 0, 0, f"it has {only} steps, which take more than {calls} calls"
 
 
 def _run(

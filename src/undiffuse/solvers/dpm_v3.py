@@ -98,7 +98,7 @@ class DPMv3(Solver):
             )
         if not (type(self.points) is int and 1 <= self.points <= 4):
             raise ArgumentError(f"points is {self.points!r}: expected 1 to 4 evaluations for the polynomial")
-        if self.corrector not in (True, False, "half"):
+        if not (isinstance(self.corrector, bool) or self.corrector == "half"):
             raise ArgumentError(f"corrector is {self.corrector!r}: expected True, False or 'half'")
         choose(self.variable, COORDINATES, "variable")
 

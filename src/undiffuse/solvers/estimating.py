@@ -29,6 +29,7 @@ from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, rows_of
 from undiffuse.solvers.during import evaluating
+from undiffuse.solvers.sampling import placed
 from undiffuse.solvers.statistics import ModelStatistics
 from undiffuse.solvers.tuned import prediction_of, profile_of
 
@@ -85,14 +86,18 @@ def model_statistics(
         callback: called with how many samples, times places, are done, and of how many.
 
     Raises:
-        ArgumentError: fewer than 2 samples or places, or a denoiser that returns numbers that are not finite.
+        ArgumentError: x_0 or cond of another shape or type, fewer than 2 samples or places, or a denoiser that returns
+            numbers that are not finite.
     """
     path, event = denoiser.path, tuple(x_0.shape[1:])
+    if not x_0.is_floating_point() or x_0.ndim < 2:
+        raise ArgumentError(f"x_0 is {x_0.dtype} of shape {tuple(x_0.shape)}: expected floats, (n, *event)")
     for name, value, least in (("places", places, 2), ("batch", batch, 1)):
         if not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name} is {value!r}: expected a whole number of at least {least}")
     if len(x_0) < 2:
         raise ArgumentError(f"x_0 holds {len(x_0)} samples: expected at least 2, better some hundreds")
+    cond = placed(cond, len(x_0), x_0.device)
     half_log_snr = _places(path, places, 1.1 * _near(x_0))
     found = measured(denoiser, x_0, half_log_snr, cond=cond, seed=seed, batch=batch, callback=callback)
     values = fitted(half_log_snr, _pooled(found) if shared else found)

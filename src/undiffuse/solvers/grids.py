@@ -161,10 +161,10 @@ GRIDS["mixed"] = mixed("angle", "half-log-snr")
 
 
 def for_values(function: Callable[..., T]) -> Callable[..., T]:
-    """The function of a path, its results kept where the path is a value, with an == and a hash of its own.
+    """The function of a path, its results kept for paths whose own class says that they are values (`Path.value`).
 
-    For equal ones whose class has the same functions the result is the same; any other path may be another one at the
-    next call.
+    Any other path may be another one at the next call. The class's functions are part of what is kept, too: they may be
+    replaced.
     """
 
     @lru_cache(maxsize=256)
@@ -174,8 +174,8 @@ def for_values(function: Callable[..., T]) -> Callable[..., T]:
     @wraps(function)
     def found(path: Path, *rest: object) -> T:
         kind = type(path)
-        value = kind.__eq__ is not object.__eq__ and kind.__hash__ is not None
-        return kept(_FUNCTIONS(kind), path, *rest) if value else function(path, *rest)
+        value = vars(kind).get("value", False)
+        return kept((kind, *_FUNCTIONS(kind)), path, *rest) if value else function(path, *rest)
 
     return found
 

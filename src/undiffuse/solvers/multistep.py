@@ -117,7 +117,7 @@ class Multistep(Solver):
             )
         if self.eta and (self.prediction, self.variable) != ("data", "half-log-snr"):
             raise ArgumentError("eta > 0 is for prediction 'data' in 'half-log-snr'")
-        if len(self.noisy) != 2 or not 0 <= self.noisy[0] < self.noisy[1]:
+        if not (isinstance(self.noisy, tuple) and len(self.noisy) == 2) or not 0 <= self.noisy[0] < self.noisy[1]:
             raise ArgumentError(f"noisy is {self.noisy}: expected (low, high), 0 <= low < high, of sigma / alpha")
 
     @property
@@ -257,7 +257,8 @@ class Multistep(Solver):
         assert past.start is not None
         assert past.made is not None
         on_start, weights = self._trusted(field, past.start, end, levels[: self.points + 1])
-        ratio = on_start / past.made[0]
+        # With noise both weights of x are one number, and may be 0.
+        ratio = 1.0 if self.eta else on_start / past.made[0]
         return ratio, added(weights, [0.0, *(-ratio * w for w in past.made[1])])
 
     def _trusted(self, field: Field, start: Level, end: Level, levels: tuple[Level, ...]) -> Weights:

@@ -13,6 +13,7 @@ from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver
+from undiffuse.solvers.comparing import OWN
 from undiffuse.solvers.ends import Ends, check_counts, relative, squares
 from undiffuse.solvers.grids import GRIDS, Grid, make_grid
 from undiffuse.solvers.integrate import get_solver
@@ -21,7 +22,6 @@ from undiffuse.solvers.sampling import sample
 from undiffuse.solvers.tuned import MOST_CALLS, profile_of
 
 LEAST = 16
-OWN_GRID = "own"
 # Gaps are of the angle's square root, where grids of few steps are nearly equal; each is so much of the whole at least,
 # at the beginning.
 _POWER, _APART = 0.5, 1e-3
@@ -163,7 +163,7 @@ def _checked(given: str | Solver) -> Solver:
 
 def _named(path: Path, solver: Solver, steps: int) -> dict[str, Grid]:
     """All grids of that many steps which have a name, the solver's own first."""
-    found = {OWN_GRID: solver.default_grid(path, steps)}
+    found = {OWN: solver.default_grid(path, steps)}
     for name in GRIDS:
         try:
             found[name] = make_grid(path, steps, name)

@@ -13,8 +13,10 @@ from undiffuse.core.errors import ArgumentError, CheckpointError
 from undiffuse.core.files import replace_file
 from undiffuse.paths import Path
 from undiffuse.solvers.grids import Grid
-from undiffuse.solvers.table_file import packed, unpacked
+from undiffuse.solvers.table_file import Kind, packed, unpacked
 from undiffuse.solvers.tuned import same_path
+
+_KIND = Kind("undiffuse-grid-1", "fitted grid", "make one with: undiffuse tune RUN --only grid")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class OptimisedGrid:
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"times": self.times, "profile": self.profile}
         words = {"path": self.path, "about": dict(self.about)}
-        replace_file(target, packed({k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}, words))
+        replace_file(
+            target, packed({k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}, words, _KIND)
+        )
         return target
 
     @classmethod
@@ -65,7 +69,7 @@ class OptimisedGrid:
         Raises:
             CheckpointError: it is not there, or not whole, or no such file.
         """
-        tensors, words = unpacked(File(file))
+        tensors, words = unpacked(File(file), _KIND)
         try:
             times, profile = tensors["times"].tolist(), tensors["profile"].tolist()
             return cls(tuple(times), tuple((a, b) for a, b in profile), str(words["path"]), words["about"])

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from undiffuse.core.shapes import pad_to
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.polynomials import lagrange
@@ -61,15 +62,19 @@ def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
     for value, w in zip(values, weights[1]):
         for tensor, factor in zip(*value):
             if tensor is x:
-                on_x += w * factor
+                on_x = on_x + w * factor  # not in place: the weights are kept
             elif isinstance(w, Tensor) or w != 0:
                 tensors.append(tensor)
                 factors.append(w * factor)
     if isinstance(on_x, Tensor) or on_x != 0 or not tensors:
         tensors, factors = [x, *tensors], [on_x, *factors]
     if any(isinstance(w, Tensor) for w in factors):
-        each = [w if isinstance(w, Tensor) else x.new_full(x.shape[:1], w) for w in factors]
-        return torch.einsum("jb,jb...->b...", torch.stack([w.to(x) for w in each]), torch.stack(tensors))
+        # Sums and products, not a contraction: those keep their precision under autocast.
+        each = [pad_to(w.to(x), x) if isinstance(w, Tensor) else x.new_full((), w) for w in factors]
+        out = each[0] * tensors[0]
+        for w, tensor in zip(each[1:], tensors[1:]):
+            out = torch.addcmul(out, w, tensor)
+        return out
     return weighted_sum(tensors, factors)
 
 

@@ -29,7 +29,7 @@ _REACH = 4
 
 @dataclass(frozen=True, eq=False)
 class ModelStatistics:
-    """l, s and b of a model, functions of the half log-SNR: straight lines between places, constant beyond them.
+    """l, s and b of a model, functions of the half log-SNR: cubics between places, constant beyond them.
 
     With `u = x / alpha` and `f = (sigma eps - l x) / alpha`, a model's flow is `du/dlambda = -l u - f`; l is the share
     of the flow that is linear in x, and `df/dlambda = s f + b` is how the rest changes along it. See
