@@ -12,6 +12,7 @@ from cli.conftest import npz
 from undiffuse.core.errors import ArgumentError
 from undiffuse.solvers import GRIDS
 
+GRID_AND_SOLVER = ["--solver", "dpmpp-2m", "--grid", "optimised-5"]
 QUICK = ["--only", "grid", "--calls", 5, "--start", "dpmpp-2m", "--n", 64, "--seed", 3]
 
 
@@ -46,7 +47,7 @@ def test_the_command_fits_times_only(fitted_run):
 
 def test_sample_evaluate_and_compare_find_it_by_name(fitted_run, command):
     run, _ = fitted_run
-    words = ["--solver", "dpmpp-2m", "--grid", "optimised-5"]
+    words = GRID_AND_SOLVER
     made = command("sample", run.folder, "--seeds", "0-4", *words, "--format", "npz", "--out", "x", "--json")
     assert made.exit_code == 0, made.stderr
     record = made.json()
@@ -98,6 +99,11 @@ def test_another_path_and_other_weights(fitted_run, plane_run, command, tmp_path
     told = command("sample", run.folder, "--seeds", "0", "--format", "npz", "--grid", "optimised-5", "--ema", "none")
     assert told.exit_code == 0, told.stderr
     assert "optimised-5 was fitted to other weights" in told.stdout
+    words = ["--grid", "optimised-5", "--solver", "deis-2"]
+    told = command("sample", run.folder, "--seeds", "0", "--format", "npz", *words)
+    assert "optimised-5 was fitted to dpmpp-2m, and deis-2 may do better on another" in told.stdout
+    told = command("sample", run.folder, "--seeds", "1", "--format", "npz", *GRID_AND_SOLVER)
+    assert "fitted to" not in told.stdout
     with pytest.raises(ArgumentError, match="called optimised-STEPS"):
         run.grid("karras")
 

@@ -170,7 +170,7 @@ class Model:
 
 
 def _place(given: dict[str, Any], how: How, run: Run, saved: Checkpoint, ema: str) -> str | None:
-    """Puts the times of a fitted grid among what is given; what is to be said of its use with other weights.
+    """Puts the times of a fitted grid among what is given; what is to be said of its use with other weights or solvers.
 
     Raises:
         ArgumentError: another number of steps, or the run has no such grid.
@@ -181,7 +181,17 @@ def _place(given: dict[str, Any], how: How, run: Run, saved: Checkpoint, ema: st
         raise ArgumentError(f"--steps {how.steps}: the grid {how.grid} has {found.steps} steps; leave them out")
     times = tuple(found.grid(run.recipe.path()).tolist())
     given |= {"grid": f"{how.grid} ({seal})", "times": times, "steps": found.steps}
-    return _other_weights(how.grid, found.about, seal_of(saved), ema)
+    weights = _other_weights(how.grid, found.about, seal_of(saved), ema)
+    return weights or _other_solver(how.grid, found.about, given, run)
+
+
+def _other_solver(name: str, about: Mapping[str, Any], given: Mapping[str, Any], run: Run) -> str | None:
+    """What is to be said of a fitted grid's use with another solver than its own."""
+    chosen = given["solver"] or run.recipe.settings.sampling.solver
+    own = str(about.get("solver", chosen["name"])).partition(":")[0]
+    if own == chosen["name"]:
+        return None
+    return f"{name} was fitted to {own}, and {chosen['name']} may do better on another: undiffuse compare tells"
 
 
 def _fits(table: Tuned, how: How, seal: str, ema: str) -> str | None:

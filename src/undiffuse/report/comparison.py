@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 COLOURS = ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in PALETTE]
 # Beyond it an error says only that a solver is of no use there.
 HIGHEST = 2.0
-# Least distance of two labels, as a share of the height.
+# Least distance of two lines of labels, as a share of the height; and the letters of one line.
 APART = 0.05
+LETTERS = 34
 # A number of which the least is best is drawn up to so many times the least, on a logarithmic axis beyond the other.
 FAR, WIDE = 30.0, 3.0
 
@@ -197,12 +199,14 @@ def _names(ax: Axes, ends: list[tuple[float, str, str]], right: int) -> None:
     """Names beside the ends of their lines, moved apart where they would touch."""
     height = ax.transData + ax.transAxes.inverted()
     ends = sorted(ends)
+    texts = [textwrap.fill(name, LETTERS, break_on_hyphens=False, break_long_words=False) for _, name, _ in ends]
+    half = [APART * (1 + text.count("\n")) / 2 for text in texts]
     places = [float(height.transform((right, value))[1]) for value, _, _ in ends]
     for _ in range(400):
         for i, (low, high) in enumerate(pairwise(places)):
-            push = max(0.0, APART - (high - low)) / 2
+            push = max(0.0, half[i] + half[i + 1] - (high - low)) / 2
             places[i], places[i + 1] = low - push, places[i + 1] + push
     rise = max(0.0, -min(places, default=0.0))
-    places = [place + rise for place in places]
-    for place, (_, name, colour) in zip(places, ends):
-        ax.annotate(name, (1.02, place), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
+    for place, text, (_, _, colour) in zip(places, texts, ends):
+        at = (1.02, place + rise)
+        ax.annotate(text, at, xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
