@@ -115,6 +115,8 @@ def test_another_path_and_other_weights(fitted_run, plane_run, command, tmp_path
         (["--only", "grid", "--start", "ddpm"], "deterministic"),
         (["--only", "grid", "--calls", 0], "1 to 64"),
         (["--only", "grid", "--n", 8], "at least 16"),
+        (["--only", "grid", "--grids", "own"], "begins on the best named grid"),
+        (["--grids", "own,angel"], "Did you mean 'angle'"),
         (["--only", "grid", "--start", "abm4"], "Did you mean 'abm-4'"),
     ],
 )

@@ -76,6 +76,23 @@ def test_it_is_the_same_again(tuned):
     assert tune(ring().denoiser(Linear()), (2,), 5, n=256, seed=1, most_steps=60) == tuned
 
 
+def test_of_two_beginnings_the_better_fit_is_kept(tuned):
+    denoiser, told = ring().denoiser(Linear()), []
+    options = {"n": 256, "seed": 1, "most_steps": 60}
+    one = tune(denoiser, (2,), 5, grids=["own"], **options)
+    other = tune(denoiser, (2,), 5, grids=["angle"], **options)
+    both = tune(denoiser, (2,), 5, grids=["angle", "own"], callback=told.append, **options)
+    assert tuned == one  # the default begins on both
+    assert tuned.about["grid"] == both.about["grid"] == "own"
+    assert other.about["grid"] == "angle"
+    assert both.about["after"]["median"] < 0.8 * other.about["after"]["median"]
+    assert both.about["before"] == other.about["before"]  # of the first
+    fits = [step for step in told if step.stage == "fit"]
+    assert [step.done for step in fits] == sorted(step.done for step in fits)
+    assert fits[-1].total == 120
+    assert fits[-1].error < min(step.error for step in fits if step.done <= 60)
+
+
 def test_what_is_said_of_the_errors_is_so(tuned):
     """The last quarter of the noises, measured by hand."""
     from undiffuse.core.random import Streams
@@ -183,6 +200,9 @@ def test_another_path_count_shape_or_grid_is_refused(tuned):
         ({"start": "heun"}, "9 calls"),
         ({"start": "ddpm"}, "deterministic"),
         ({"start": "abm4"}, "abm-4"),
+        ({"grids": "angle"}, "expected names of grids"),
+        ({"grids": []}, "expected names of grids"),
+        ({"grids": ["own", "angel"]}, "Did you mean 'angle'"),
     ],
 )
 def test_bad_arguments_of_tune(changes, words):

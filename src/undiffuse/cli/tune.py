@@ -38,9 +38,13 @@ def tune(
         int | None, typer.Option(help="Class of all trajectories, -1 for none. Default: all classes in turn.")
     ] = None,
     start: Annotated[str, typer.Option(help="The solver whose numbers are changed, or only its times.")] = "abm-4",
+    grids: Annotated[
+        str | None,
+        typer.Option(help="Its times to begin with, one fit from each, the best is kept. Default: own,angle."),
+    ] = None,
     reference: Annotated[int, typer.Option(help="Steps of abm-4 that make the true ends.")] = 100,
     most_steps: Annotated[
-        int | None, typer.Option(help="Steps of the fit at most. Default: 300; of a grid 30.")
+        int | None, typer.Option(help="Steps of each fit at most. Default: 300; of a grid 30.")
     ] = None,
     classifier: options.Classifier = None,
     classifier_scale: options.ClassifierScale = None,
@@ -74,6 +78,8 @@ def tune(
     screen, began = Console(json, quiet), time.monotonic()
     if only not in (None, GRID):
         raise ArgumentError(f"--only {only}: expected grid, or leave it out to fit times and coefficients")
+    if only is not None and grids is not None:
+        raise ArgumentError(f"--grids {grids}: with --only grid the fit begins on the best named grid; leave it out")
     n = n if n is not None else 512 if only is None else 96
     most_steps = most_steps if most_steps is not None else 300 if only is None else 30
     if not 0 <= seed < 2**63 - n:
@@ -86,7 +92,10 @@ def tune(
     fit, file = (
         (_tuned, file_of(found.folder, calls)) if only is None else (_optimised, grid_file_of(found.folder, calls))
     )
-    made = fit(model, screen, calls, n=n, seed=seed, start=start, reference=reference, most_steps=most_steps)
+    how: dict[str, Any] = {"n": n, "seed": seed, "start": start, "reference": reference, "most_steps": most_steps}
+    if grids is not None:
+        how["grids"] = [name.strip() for name in grids.split(",")]
+    made = fit(model, screen, calls, **how)
     made = made.with_about(weights=model.seal, ema=model.ema, step=model.step, label=label, classifier=model.guide)
     with disk_errors(str(file), "The run is intact"):
         made.save(file)

@@ -15,9 +15,11 @@ from undiffuse.core.shapes import pad_to
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver
+from undiffuse.solvers.comparing import OWN
 from undiffuse.solvers.descent import descend, whitening
 from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.ends import Ends, check_counts, relative, squares
+from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.integrate import get_solver
 from undiffuse.solvers.tuned import MOST_CALLS, Tuned, linear_table, prediction_of
 
@@ -25,8 +27,9 @@ LEAST = 32
 # Angles are moved in their square root, where grids of few steps are nearly equal; so much of the whole, at least, lies
 # between two of them at the beginning.
 _POWER, _APART = 0.5, 1e-3
-# Below so much of the start's median error an error counts as none.
-_FLOOR = 0.01
+# Below so much of the start's median error an error counts as none. With a tenth of it fits end sooner, and the largest
+# errors are smaller.
+_FLOOR = 0.1
 # Held-out error is looked at after so many steps, and must fall by this much within so many looks.
 _EVERY, _FALL, _LOOKS = 5, 2e-3, 6
 
@@ -36,7 +39,7 @@ class Progress(NamedTuple):
 
     Attributes:
         stage: "reference", "fit" or "measure".
-        done, total: how many noises or steps of it; a fit may end before its total.
+        done, total: how many noises or steps of it; fits may end before their total.
         error: of the best so far as a share of the start's (geometric mean over held-out noises), of a fit.
     """
 
@@ -55,6 +58,7 @@ def tune(
     seed: int = 0,
     cond: Cond = None,
     start: str | Solver = "abm-4",
+    grids: Sequence[str] = (OWN, "angle"),
     reference: int = 100,
     batch: int = 256,
     most_steps: int = 300,
@@ -64,9 +68,11 @@ def tune(
 
     All numbers of a `Tuned` are fitted together, angles and weights, by L-BFGS through the run; the field is
     differentiated by x and t. What falls is the mean of `log(d^2 + floor^2)`, d a trajectory's distance from its true
-    end: the few that end at another mode weigh little. Half of the noises are fitted, a quarter says when to stop, a
-    quarter is only measured, before and after: `solver.about` has `before` and `after`, each `rms` and `median` of d
-    relative to the RMS length of the ends.
+    end: the few that end at another mode weigh little. There are many minima, and where a fit begins decides which is
+    found: it is made from each grid, and the one that does best on held-out noises is kept. Half of the noises are
+    fitted, a quarter says when to stop and which to keep, a quarter is only measured, before and after:
+    `solver.about` has `before` and `after`, each `rms` and `median` of d relative to the RMS length of the ends, and
+    `grid`, from which it came.
 
     Args:
         denoiser: any denoiser that can be differentiated; guided ones too.
@@ -76,13 +82,15 @@ def tune(
         seed: of them.
         cond: for all n of them.
         start: the solver, of as many steps as calls, whose numbers are changed.
+        grids: its times to begin with, one fit from each: "own", or names of grids. `before` is of the first.
         reference: steps of the 'abm-4' that makes the true ends.
         batch: trajectories at a time. One is differentiated through all calls at once, which takes memory.
-        most_steps: of the fit.
+        most_steps: of each fit.
         callback: told of what is done.
 
     Raises:
-        ArgumentError: an argument out of its range; a start that does not take `calls` calls in as many steps.
+        ArgumentError: an argument out of its range; a start that does not take `calls` calls in as many steps; no
+            grid, or an unknown one.
         SamplingError: the reference, or the start's run, is not finite.
     """
     check_counts(
@@ -93,20 +101,53 @@ def tune(
         most_steps=(most_steps, 1, math.inf),
     )
     tell = callback or (lambda progress: None)
-    table = linear_table(get_solver(start), denoiser.path, calls, event)
-    if table.calls != calls:
-        raise ArgumentError(f"start {start!r}: {calls} steps of it take {table.calls} calls; take one of a call a step")
+    tables = _tables(get_solver(start), grids, denoiser.path, calls, event)
     with evaluating(denoiser):
         ends = Ends.of(
             denoiser, tuple(event), cond, n, seed, reference, batch, lambda done: tell(Progress("reference", done, n))
         )
         fitted, held, kept = ends.shared_out()
-        form = _Form(table, denoiser, fitted.rows(0, batch))
-        best, steps = _fit(form, denoiser, fitted, held, batch, most_steps, tell)
-        errors = [relative(_distances(denoiser, form, z, kept, batch), kept) for z in (form.zero, best)]
+        forms = _forms(tables, denoiser, fitted.rows(0, batch))
+        first = next(iter(forms.values()))
+        goal = _Goal(denoiser, first, fitted, held, batch)
+        fits: dict[str, _Fit] = {}
+        for name, form in forms.items():
+            fits[name] = _fit(form, goal, most_steps, _teller(tell, goal, list(fits.values()), len(forms), most_steps))
+        grid = min(fits, key=lambda name: fits[name].value)
+        ways = ((first, first.zero), (forms[grid], fits[grid].z))
+        errors = [relative(_distances(denoiser, form, z, kept, batch), kept) for form, z in ways]
     tell(Progress("measure", 1, 1))
-    made = {"n": n, "seed": seed, "start": str(start), "steps": steps, "reference": reference}
-    return form.solver(best, prediction_of(denoiser)).with_about(**made, before=errors[0], after=errors[1])
+    made = {"n": n, "seed": seed, "start": str(start), "grid": grid, "steps": fits[grid].steps, "reference": reference}
+    solver = forms[grid].solver(fits[grid].z, prediction_of(denoiser))
+    return solver.with_about(**made, before=errors[0], after=errors[1])
+
+
+def _tables(solver: Solver, grids: Sequence[str], path: Path, calls: int, event: Sequence[int]) -> dict[str, Tuned]:
+    """The start on each of the grids; on those that are the same, once."""
+    if isinstance(grids, str) or not grids:
+        raise ArgumentError(f"grids is {grids!r}: expected names of grids to begin with, such as ('own', 'angle')")
+    tables: dict[str, Tuned] = {}
+    for grid in grids:
+        table = linear_table(solver, path, calls, event, None if grid == OWN else make_grid(path, calls, grid))
+        if table.calls != calls:
+            raise ArgumentError(
+                f"start {solver!r}: {calls} steps of it take {table.calls} calls; take one of a call a step"
+            )
+        if table not in tables.values():
+            tables[grid] = table
+    return tables
+
+
+def _forms(tables: dict[str, Tuned], denoiser: Denoiser, ends: Ends) -> dict[str, _Form]:
+    """Where fits begin; without the grids, the first one apart, on which the start's run is not finite."""
+    forms: dict[str, _Form] = {}
+    for name, table in tables.items():
+        try:
+            forms[name] = _Form(table, denoiser, ends)
+        except SamplingError:
+            if not forms:
+                raise
+    return forms
 
 
 def _scales(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,51 +223,73 @@ def _times(path: Path, angles: Tensor) -> Tensor:
     return t + rate * (angles - angles.detach())
 
 
-def _fit(
-    form: _Form,
-    denoiser: Denoiser,
-    fitted: Ends,
-    held: Ends,
-    batch: int,
-    most_steps: int,
-    tell: Callable[[Progress], object],
-) -> tuple[Tensor, int]:
-    """The z of the least error on `held`, and the steps made."""
-    before = _distances(denoiser, form, form.zero, held, batch)
-    unit = float(before.median())
-    if not (math.isfinite(unit) and unit > 0):
-        raise SamplingError(f"the start's median error is {unit:g}: there is nothing to be tuned")
+class _Goal:
+    """What falls: `0.5 mean log(d^2 / unit^2 + floor^2)`, the unit the first start's median d on held-out noises."""
 
-    def cost(d_squared: Tensor) -> Tensor:
-        return 0.5 * torch.log(d_squared / unit**2 + _FLOOR**2)
+    def __init__(self, denoiser: Denoiser, first: _Form, fitted: Ends, held: Ends, batch: int):
+        self.denoiser, self.fitted, self.held, self.batch = denoiser, fitted, held, batch
+        before = _distances(denoiser, first, first.zero, held, batch)
+        self.unit = float(before.median())
+        if not (math.isfinite(self.unit) and self.unit > 0):
+            raise SamplingError(f"the start's median error is {self.unit:g}: there is nothing to be tuned")
+        self.before = float(self._of(before.square()).mean())
 
-    def slope(z: Tensor) -> tuple[float, Tensor]:
+    def _of(self, d_squared: Tensor) -> Tensor:
+        return 0.5 * torch.log(d_squared / self.unit**2 + _FLOOR**2)
+
+    def on_held(self, form: _Form, z: Tensor) -> float:
+        value = float(self._of(_distances(self.denoiser, form, z, self.held, self.batch).square()).mean())
+        return value if math.isfinite(value) else math.inf
+
+    def slope(self, form: _Form, z: Tensor) -> tuple[float, Tensor]:
+        """Its value and gradient on the fitted noises; infinite where the gradient is no number."""
         point, total, gradient = z.clone().requires_grad_(), 0.0, torch.zeros_like(z)
         with torch.enable_grad():
-            for part in fitted.batches(batch):
-                x, _ = run(denoiser, part, *form(point), form.size)
-                loss = cost(squares(x - part.x)).sum() / len(fitted.x)
+            for part in self.fitted.batches(self.batch):
+                x, _ = run(self.denoiser, part, *form(point), form.size)
+                loss = self._of(squares(x - part.x)).sum() / len(self.fitted.x)
                 gradient += torch.autograd.grad(loss, point)[0]
                 total += float(loss.detach())
         return (total if bool(torch.isfinite(gradient).all()) else math.inf), gradient
 
-    def held_cost(z: Tensor) -> float:
-        return float(cost(_distances(denoiser, form, z, held, batch).square()).mean())
 
+class _Fit(NamedTuple):
+    """The least value on held-out noises, where it is, and the steps made."""
+
+    value: float
+    z: Tensor
+    steps: int
+
+
+def _teller(
+    tell: Callable[[Progress], object], goal: _Goal, before: Sequence[_Fit], count: int, most_steps: int
+) -> Callable[[int, float], object]:
+    """What a fit tells of, one of so many, with those before it."""
+    lowest = min((fit.value for fit in before), default=math.inf)
+
+    def told(step: int, value: float) -> object:
+        share = math.exp(min(value, lowest) - goal.before)
+        return tell(Progress("fit", len(before) * most_steps + step, count * most_steps, share))
+
+    return told
+
+
+def _fit(form: _Form, goal: _Goal, most_steps: int, tell: Callable[[int, float], object]) -> _Fit:
+    """From a form's start; tells of the steps, and of the least value so far."""
     best, looks, step = form.zero, 0, 0
-    first = least = held_cost(form.zero)
-    for step, (z, _) in enumerate(descend(slope, form.zero)):
+    least = goal.on_held(form, form.zero)
+    for step, (z, _) in enumerate(descend(lambda z: goal.slope(form, z), form.zero)):
         if step and step % _EVERY == 0:
-            now = held_cost(z)
+            now = goal.on_held(form, z)
             looks = 0 if now < least - _FALL else looks + 1
             if now < least:
                 best, least = z, now
-        tell(Progress("fit", min(step, most_steps), most_steps, math.exp(least - first)))
+        tell(min(step, most_steps), least)
         if looks >= _LOOKS or step >= most_steps:
             break
-    if step % _EVERY and held_cost(z) < least:
-        best = z
-    return best, step
+    if step % _EVERY and (now := goal.on_held(form, z)) < least:
+        best, least = z, now
+    return _Fit(least, best, step)
 
 
 def _distances(denoiser: Denoiser, form: _Form, z: Tensor, ends: Ends, batch: int) -> Float[Tensor, " b"]:
