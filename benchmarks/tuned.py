@@ -21,7 +21,7 @@ import undiffuse as ud
 
 CALLS = (5, 6, 8, 10, 15)
 # Rows of solvers.py that are ours.
-OURS = ("sample()", "dpmpp-", "ddim ", "heun ", "edm ", "euler ", "Multistep")
+OURS = ("sample()", "dpmpp-", "ddim ", "heun ", "edm ", "euler ", "multistep")
 
 
 def best_peer(file: Path | None, world: str, calls: int, measure: int) -> float | None:
