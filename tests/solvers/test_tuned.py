@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from solvers.measuring import F64, mixture, numbers
-from undiffuse.core.errors import ArgumentError, CheckpointError
+from undiffuse.core.errors import ArgumentError, CheckpointError, SamplingError
 from undiffuse.fields import Denoiser, NetworkDenoiser
 from undiffuse.oracles import Empirical, GaussianMixture
 from undiffuse.paths import VP, Karras, Linear
 from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample, tune
 from undiffuse.solvers.descent import descend
+from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.tuning import _times
 from worlds import PATHS
 
@@ -91,6 +92,20 @@ def test_of_two_beginnings_the_better_fit_is_kept(tuned):
     assert [step.done for step in fits] == sorted(step.done for step in fits)
     assert fits[-1].total == 120
     assert fits[-1].error < min(step.error for step in fits if step.done <= 60)
+
+
+def test_a_grid_on_which_the_start_fails_is_left_out():
+    class Hole(Denoiser):
+        """No answer at one time of the grid in the angle."""
+
+        def forward(self, x_t, t, cond=None):
+            x_0 = torch.tanh(x_t)
+            return torch.where((t - make_grid(self.path, 4, "angle")[1]).abs() < 1e-6, math.nan * x_0, x_0)
+
+    options = {"calls": 4, "n": 64, "most_steps": 10}
+    assert tune(Hole(Linear()), (2,), **options).about["grid"] == "own"
+    with pytest.raises(SamplingError, match="starts from is not finite"):
+        tune(Hole(Linear()), (2,), grids=["angle", "own"], **options)
 
 
 def test_what_is_said_of_the_errors_is_so(tuned):
