@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from undiffuse.core.errors import ArgumentError, CheckpointError
-from undiffuse.core.files import replace_file
+from undiffuse.core.errors import ArgumentError
 from undiffuse.paths import Path
 from undiffuse.solvers.grids import Grid
-from undiffuse.solvers.table_file import Kind, packed, unpacked
+from undiffuse.solvers.table_file import Kind, unpacked, usable, written
 from undiffuse.solvers.tuned import same_path
 
 _KIND = Kind("undiffuse-grid-1", "fitted grid", "make one with: undiffuse tune RUN --only grid")
@@ -53,14 +52,8 @@ class OptimisedGrid:
 
     def save(self, file: str | File) -> File:
         """Write it as safetensors, whole or not at all."""
-        target = File(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"times": self.times, "profile": self.profile}
         words = {"path": self.path, "about": dict(self.about)}
-        replace_file(
-            target, packed({k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}, words, _KIND)
-        )
-        return target
+        return written(file, {"times": self.times, "profile": self.profile}, words, _KIND)
 
     @classmethod
     def load(cls, file: str | File) -> OptimisedGrid:
@@ -70,11 +63,9 @@ class OptimisedGrid:
             CheckpointError: it is not there, or not whole, or no such file.
         """
         tensors, words = unpacked(File(file), _KIND)
-        try:
+        with usable(file, "grid", "Fit it again"):
             times, profile = tensors["times"].tolist(), tensors["profile"].tolist()
             return cls(tuple(times), tuple((a, b) for a, b in profile), str(words["path"]), words["about"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} holds no grid that can be used: {error}. Fit it again") from error
 
     def with_about(self, **more: Any) -> OptimisedGrid:
         """With more said of how it was made."""

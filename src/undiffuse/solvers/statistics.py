@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core.errors import ArgumentError, CheckpointError
-from undiffuse.core.files import replace_file
+from undiffuse.core.errors import ArgumentError
 from undiffuse.paths import Path
-from undiffuse.solvers.table_file import Kind, packed, unpacked
+from undiffuse.solvers.table_file import Kind, unpacked, usable, written
 from undiffuse.solvers.tuned import prediction_of, same_path
 
 _KIND = Kind(
@@ -121,13 +120,10 @@ class ModelStatistics:
 
     def save(self, file: str | File) -> File:
         """Write them as safetensors: under another name first, synced, then renamed."""
-        target = File(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in ("half_log_snr", "linear", "scaling", "bias")}
-        tensors["profile"] = torch.tensor(self.profile, dtype=torch.float64)
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in ("half_log_snr", "linear", "scaling", "bias")}
+        tensors["profile"] = self.profile
         words = {"path": self.path, "event": self.event, "prediction": self.prediction, "about": dict(self.about)}
-        replace_file(target, packed(tensors, words, _KIND))
-        return target
+        return written(file, tensors, words, _KIND)
 
     @classmethod
     def load(cls, file: str | File) -> ModelStatistics:
@@ -137,12 +133,10 @@ class ModelStatistics:
             CheckpointError: it is not there, or not whole, or no such file.
         """
         tensors, words = unpacked(File(file), _KIND)
-        try:
+        with usable(file, "statistics", "Make them anew"):
             profile = tuple((a, b) for a, b in tensors.pop("profile").tolist())
             words["event"] = tuple(words["event"])
             return cls(**tensors, profile=profile, **words)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} holds no statistics that can be used: {error}. Make them anew") from error
 
     def with_about(self, **more: Any) -> ModelStatistics:
         """With more said of how they were made."""

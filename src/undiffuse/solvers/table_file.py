@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import CheckpointError
+from undiffuse.core.files import replace_file
 
 
 class Kind(NamedTuple):
@@ -23,6 +25,15 @@ class Kind(NamedTuple):
 
 
 TABLE = Kind("undiffuse-solver-1", "tuned solver", "make one with ud.tune(...).save(file), or: undiffuse tune RUN")
+
+
+def written(file: str | Path, tensors: Mapping[str, Any], words: Mapping[str, Any], kind: Kind = TABLE) -> Path:
+    """Writes a file, under another name first, synced, then renamed; lists of numbers become float64 tensors."""
+    target = Path(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    numbers = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}
+    replace_file(target, packed(numbers, words, kind))
+    return target
 
 
 def packed(tensors: Mapping[str, Tensor], words: Mapping[str, Any], kind: Kind = TABLE) -> bytes:
@@ -54,6 +65,19 @@ def unpacked(file: Path, kind: Kind = TABLE) -> tuple[dict[str, Tensor], dict[st
     if said.get("sha256") != _seal(tensors, said.get("words", "")):
         raise CheckpointError(f"{file} has been altered: its numbers are not those that were written. Make it again")
     return tensors, json.loads(said["words"])
+
+
+@contextmanager
+def usable(file: str | Path, what: str, again: str) -> Iterator[None]:
+    """What is made of a file's content inside; `what` it should be, and how it is made `again`.
+
+    Raises:
+        CheckpointError: the content does not fit.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} holds no {what} that can be used: {error}. {again}") from error
 
 
 def _seal(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -22,14 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core.errors import ArgumentError, CheckpointError
-from undiffuse.core.files import replace_file
+from undiffuse.core.errors import ArgumentError
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Course, Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.integrate import integrate
 from undiffuse.solvers.sums import weighted_sum
-from undiffuse.solvers.table_file import packed, unpacked
+from undiffuse.solvers.table_file import unpacked, usable, written
 
 MOST_CALLS = 64
 # Two paths are one where their angles and sizes agree here, at as many equal times.
@@ -157,14 +156,11 @@ class Tuned(Solver):
 
     def save(self, file: str | File) -> File:
         """Write it as safetensors: under another name first, synced, then renamed."""
-        target = File(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
         n = self.calls
         rows = [[*row, *[0.0] * (n + 1 - len(row))] for row in self.weights]
         tensors = {"angles": self.angles, "weights": rows, "profile": self.profile}
         words = {"path": self.path, "event": self.event, "prediction": self.prediction, "about": dict(self.about)}
-        replace_file(target, packed({k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}, words))
-        return target
+        return written(file, tensors, words)
 
     @classmethod
     def load(cls, file: str | File) -> Tuned:
@@ -174,7 +170,7 @@ class Tuned(Solver):
             CheckpointError: it is not there, or not whole, or no such file.
         """
         tensors, words = unpacked(File(file))
-        try:
+        with usable(file, "solver", "Tune it again"):
             angles, weights, profile = (tensors[k].tolist() for k in ("angles", "weights", "profile"))
             return cls(
                 angles=tuple(angles),
@@ -185,8 +181,6 @@ class Tuned(Solver):
                 prediction=words["prediction"],
                 about=words["about"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} holds no solver that can be used: {error}. Tune it again") from error
 
     def with_about(self, **more: Any) -> Tuned:
         """With more said of how it was made."""
