@@ -12,13 +12,13 @@ from scipy.integrate import quad
 
 from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import weighted_sum
 from undiffuse.fields import Denoiser
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
 from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, Singlestep, integrate, make_grid, sample
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights, lagrange, snr_weights, time_weights
-from undiffuse.solvers.sums import weighted_sum
 
 HALF = 0.5 * math.pi
 

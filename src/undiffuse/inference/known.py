@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import combine
 from undiffuse.solvers.base import Bound, Noise, Solver, scales
-from undiffuse.solvers.sums import combine
 
 Event = Float[Tensor, "b *event"]
 

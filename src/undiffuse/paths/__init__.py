@@ -4,6 +4,7 @@ from undiffuse.paths.base import Path, change_of_path
 from undiffuse.paths.levels import check_levels, geometric_levels, levels_from_data
 from undiffuse.paths.schedules import PATHS, VE, VP, Cosine, Karras, Linear, SubVP, Trig
 from undiffuse.paths.tabulated import Tabulated
+from undiffuse.paths.values import for_values
 
 __all__ = [
     "PATHS",
@@ -18,6 +19,7 @@ __all__ = [
     "Trig",
     "change_of_path",
     "check_levels",
+    "for_values",
     "geometric_levels",
     "levels_from_data",
 ]

@@ -1,5 +1,6 @@
 """Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
 
+from undiffuse.core.sums import combine, weighted_sum
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, StreamNoise, rates, scales
@@ -37,7 +38,6 @@ from undiffuse.solvers.sampling import Sample, sample
 from undiffuse.solvers.singlestep import Singlestep
 from undiffuse.solvers.statistics import ModelStatistics
 from undiffuse.solvers.stochastic import DDPM, EDM
-from undiffuse.solvers.sums import combine, weighted_sum
 from undiffuse.solvers.tempering import ParallelTempering
 from undiffuse.solvers.tuned import Tuned, linear_table
 from undiffuse.solvers.tuning import tune

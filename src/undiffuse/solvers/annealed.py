@@ -21,12 +21,12 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.shapes import pad_to
+from undiffuse.core.sums import combine
 from undiffuse.paths import Path
 from undiffuse.paths.levels import check_levels
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
 from undiffuse.solvers.exponential import exponential_coefficients
 from undiffuse.solvers.grids import make_grid
-from undiffuse.solvers.sums import combine
 
 # NCSN's: a = 2e-5 at sigma_1 = 0.01 (Song and Ermon 2019, section 5), so r = 1e-5 / 1e-4.
 _ALONE = 0.1

@@ -15,8 +15,8 @@ from undiffuse.core.errors import ArgumentError
 from undiffuse.core.random import Streams
 from undiffuse.core.shapes import as_time
 from undiffuse.fields import Denoiser
-from undiffuse.paths import Path
-from undiffuse.solvers.grids import for_values, make_grid
+from undiffuse.paths import Path, for_values
+from undiffuse.solvers.grids import make_grid
 
 Event = Float[Tensor, "b *event"]
 Scalar = Float[Tensor, ""]

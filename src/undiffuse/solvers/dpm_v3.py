@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.sums import weighted_sum
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.carrying import Basis, Carriage, carriage
@@ -40,7 +41,6 @@ from undiffuse.solvers.level import Level
 from undiffuse.solvers.multistep import Multistep
 from undiffuse.solvers.polynomials import COORDINATES, lagrange
 from undiffuse.solvers.statistics import ModelStatistics
-from undiffuse.solvers.sums import weighted_sum
 
 # Infinite at sigma = 0, or at alpha = 0: no polynomial of them goes there.
 _INFINITE = ("half-log-snr", "sigma")

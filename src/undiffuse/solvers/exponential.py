@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import combine
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
-from undiffuse.solvers.sums import combine
 
 
 def exponential_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache
 from itertools import pairwise
-from operator import attrgetter
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
-from undiffuse.paths import Path
+from undiffuse.paths import Path, for_values
 
 Grid = Float[Tensor, " n"]
 Map = Callable[[Path, Tensor], Tensor]
-T = TypeVar("T")
-_FUNCTIONS = attrgetter("alpha", "sigma", "alpha_dot", "sigma_dot", "time_of", "time_of_angle")
 
 
 @dataclass(frozen=True)
@@ -158,26 +154,6 @@ GRIDS: dict[str, Spacing] = {
     "karras": karras(),
 }
 GRIDS["mixed"] = mixed("angle", "half-log-snr")
-
-
-def for_values(function: Callable[..., T]) -> Callable[..., T]:
-    """The function of a path, its results kept for paths whose own class says that they are values (`Path.value`).
-
-    Any other path may be another one at the next call. The class's functions are part of what is kept, too: they may be
-    replaced.
-    """
-
-    @lru_cache(maxsize=256)
-    def kept(functions: tuple[Callable, ...], path: Path, *rest: object) -> T:
-        return function(path, *rest)
-
-    @wraps(function)
-    def found(path: Path, *rest: object) -> T:
-        kind = type(path)
-        value = vars(kind).get("value", False)
-        return kept((kind, *_FUNCTIONS(kind)), path, *rest) if value else function(path, *rest)
-
-    return found
 
 
 def make_grid(path: Path, steps: int, kind: str | Spacing = "karras") -> Grid:

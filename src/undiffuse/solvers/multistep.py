@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.sums import weighted_sum
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.grids import curved_angle, make_grid
@@ -31,7 +32,6 @@ from undiffuse.solvers.noise_share import NoiseShare
 from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, told_by, total
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
-from undiffuse.solvers.sums import weighted_sum
 
 TURNS = {"noise": 0.0, "data": 1.0}
 RULES: dict[str, None] = {"exact": None, "midpoint": None, "mean": None}

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.shapes import pad_to
+from undiffuse.core.sums import weighted_sum
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.polynomials import lagrange
-from undiffuse.solvers.sums import weighted_sum
 
 Weight = float | Float[Tensor, " b"]
 Weights = tuple[Weight, Sequence[Weight]]

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import combine
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
 from undiffuse.solvers.exponential import exponential_coefficients
 from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.runge_kutta import velocity_coefficients
 from undiffuse.solvers.stochastic import posterior_coefficients
-from undiffuse.solvers.sums import combine
 
 
 def reverse_coefficients(field: Field, t: Tensor, eta: float) -> tuple[float, float, float]:

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.paths import Path
+from undiffuse.core.sums import combine, weighted_sum
+from undiffuse.paths import Path, for_values
 from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, rates, scales
-from undiffuse.solvers.grids import for_values, make_grid
-from undiffuse.solvers.sums import combine, weighted_sum
+from undiffuse.solvers.grids import make_grid
 
 Row = tuple[float, ...]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.sums import weighted_sum
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
-from undiffuse.solvers.sums import weighted_sum
 
 
 @dataclass(frozen=True)

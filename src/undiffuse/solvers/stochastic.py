@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import combine
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
 from undiffuse.solvers.exponential import exponential_coefficients
-from undiffuse.solvers.sums import combine
 
 
 def posterior_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:

@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sums import weighted_sum
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Course, Event, Field, Noise, Scalar, Solver
 from undiffuse.solvers.integrate import integrate
-from undiffuse.solvers.sums import weighted_sum
 from undiffuse.solvers.table_file import unpacked, usable, written
 
 MOST_CALLS = 64

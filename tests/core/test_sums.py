@@ -11,7 +11,8 @@ import torch
 
 import undiffuse as ud
 from solvers.measuring import F64, mixture, numbers
-from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, sample, sums, weighted_sum
+from undiffuse.core import sums
+from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, sample, weighted_sum
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
 
 LARGE, PIECE = 16, 64
