@@ -29,7 +29,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     if len(tensors) > 1 and tensors[0].numel() >= _LARGE and _flat(tensors):
         return _in_pieces(tensors, weights)
-    total = torch.mul(tensors[0], weights[0])
+    if len(tensors) > 1 and weights[0] == 1:
+        total = torch.add(tensors[0], tensors[1], alpha=weights[1])
+        tensors, weights = tensors[1:], weights[1:]
+    else:
+        total = torch.mul(tensors[0], weights[0])
     for x, w in zip(tensors[1:], weights[1:]):
         total.add_(x, alpha=w)
     return total
@@ -54,13 +58,20 @@ def _in_pieces(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def combine(x: Event, a: float, d: Event, b: float, *, spend: bool = False) -> Event:
-    """`a x + b d`, in one pass over memory where a + b = 1 (every path with alpha = 1, and Linear) or x is large.
+    """`a x + b d`, in one pass over memory where a is 0 or 1, a + b = 1 (every path with alpha = 1, and Linear), or x
+    is large.
+
+    A term of weight 0 is left out, whatever its tensor.
 
     `spend`: d is the caller's own, and is overwritten.
     """
     whole = abs(a + b - 1) <= _UNIT
     if spend:
         return d.lerp_(x, a) if whole else d.mul_(b).add_(x, alpha=a)
+    if a == 0:
+        return d * b
+    if abs(a - 1) <= _UNIT:
+        return torch.add(x, d, alpha=b)
     if whole and (x.numel() < _LARGE or x.device.type != "cpu" or torch.is_grad_enabled()):
         return torch.lerp(d, x, a)
     return weighted_sum((x, d), (a, b))

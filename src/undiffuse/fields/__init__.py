@@ -2,7 +2,7 @@
 
 from undiffuse.fields import prediction
 from undiffuse.fields.classifier import NetworkClassifier
-from undiffuse.fields.denoiser import Denoiser, NetworkDenoiser, OnPath, on_path
+from undiffuse.fields.denoiser import Answer, Denoiser, NetworkDenoiser, OnPath, on_path
 from undiffuse.fields.energy import (
     DenoiserAt,
     DenoisingScore,
@@ -24,6 +24,7 @@ from undiffuse.fields.tweedie import covariance_product, posterior_covariance, p
 __all__ = [
     "PREDICTIONS",
     "SDE",
+    "Answer",
     "Coefficients",
     "Denoiser",
     "DenoiserAt",

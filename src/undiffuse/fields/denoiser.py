@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.instants import Instant, known
 from undiffuse.core.shapes import as_time, pad_to
+from undiffuse.core.sums import combine
 from undiffuse.fields import prediction as predictions
 from undiffuse.fields.prediction import Coefficients, Prediction
-from undiffuse.paths import Path, change_of_path
+from undiffuse.paths import Path, change_of_path, is_value
 
 Event = Float[Tensor, "b *event"]
 Time = Float[Tensor, ""] | Float[Tensor, " b"] | float
 Cond = Tensor | dict[str, Tensor] | None
+
+# Rounding of three float64 operations, relative.
+_UNIT = 4 * torch.finfo(torch.float64).eps
+
+
+class Answer(NamedTuple):
+    """`E[x_0 | x_t] = on_x x_t + on_output output`, not yet added up: a solver adds it to x_t anyway.
+
+    To be used before the model's next call, which may overwrite the output.
+    """
+
+    output: Event
+    on_x: float = 0.0
+    on_output: float = 1.0
+
+    def weights(self, a: float, b: float) -> tuple[float, float]:
+        """Of x_t and of the output in `a x_t + b E[x_0 | x_t]`."""
+        on_x = a + b * self.on_x
+        return (0.0 if abs(on_x) <= _UNIT * abs(a) else on_x), b * self.on_output
+
+    def plus(self, x_t: Event, a: float, b: float) -> Event:
+        """`a x_t + b E[x_0 | x_t]`."""
+        on_x, on_output = self.weights(a, b)
+        return combine(x_t, on_x, self.output, on_output)
+
+    def data(self, x_t: Event) -> Event:
+        """`E[x_0 | x_t]`."""
+        return self.output if self.on_x == 0 and self.on_output == 1 else self.plus(x_t, 0.0, 1.0)
 
 
 class Denoiser(nn.Module):
@@ -52,6 +84,10 @@ class Denoiser(nn.Module):
         x_0 = self(x_t, t, cond)
         alpha, sigma = pad_to(self.path.alpha(time), x_t), pad_to(self.path.sigma(time), x_t)
         return x_0, (x_t - alpha * x_0) / sigma
+
+    def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
+        """`E[x_0 | x_t]` as a sum, where the model makes it of x_t and of one tensor by numbers."""
+        return Answer(self(x_t, t, cond))
 
     def noise(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         """`E[eps | x_t]`."""
@@ -94,27 +130,52 @@ class NetworkDenoiser(Denoiser):
         self.net = net
         self.prediction = predictions.get(prediction)
         self.sigma_data = sigma_data
+        self._kept: tuple[tuple, dict[float, Coefficients[float]]] = (None,) * 4, {}
 
     def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients]:
-        """The network's output F and the coefficients that give it its meaning; what objectives regress."""
-        c = self._coefficients(as_time(t, x_t))
+        """The network's output F and the coefficients that give it its meaning; what objectives regress.
+
+        The coefficients are numbers where the time is one, or a solver's, whose number is known.
+        """
+        c = self._numbers(known(t)) or self._coefficients(as_time(t, x_t))
+        return self._called(x_t, c, cond), c
+
+    def _called(self, x_t: Event, c: Coefficients, cond: Cond) -> Event:
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
-        x_in = (pad_to(c.c_in, x_t) * x_t).to(dtype)
-        output = self.net(x_in, c.c_noise.expand(x_t.shape[0]), cond)
+        x_in = c.scaled(x_t)
+        before = x_t._version if x_in is x_t and not x_t.is_inference() else None
+        output = self.net(x_in if x_in.dtype == dtype else x_in.to(dtype), c.labels(x_t), cond)
         if output.shape != x_t.shape:
             raise ArgumentError(
                 f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x_t.shape)}: expected the same"
             )
-        return output.to(x_t.dtype), c
+        if before is not None and x_t._version != before:
+            raise ArgumentError("the network changes its input in place, and x is still needed: let it work on a copy")
+        return output if output.dtype == x_t.dtype else output.to(x_t.dtype)
 
-    def _coefficients(self, time: Tensor) -> Coefficients:
-        if self.prediction.needs_signal:
-            time = time.clamp(max=self.path.t_high)
-        return self.prediction.coefficients(self.path, time, self.sigma_data)
+    def _coefficients(self, time: Tensor) -> Coefficients[Tensor]:
+        return self.prediction.coefficients(self.path, self.prediction.reach(self.path, time), self.sigma_data)
+
+    def _numbers(self, instant: Instant | None) -> Coefficients[float] | None:
+        """The coefficients as numbers, where that of the time is known and the path has nothing to learn."""
+        if instant is None or not is_value(self.path):
+            return None
+        of = self.path, self.prediction, instant.among, self.sigma_data
+        if not all(map(is_, self._kept[0], of)):
+            self._kept = of, predictions.numbers(*of)
+        return self._kept[1][instant.number]
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         output, c = self.output(x_t, t, cond)
         return c.data(output, x_t)
+
+    def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
+        c = self._numbers(known(t))
+        # A subclass, or a hook, may have its own idea of E[x_0]; and where F is E[x_0] solvers may keep it.
+        own = type(self).forward is not NetworkDenoiser.forward or self._forward_hooks or self._forward_pre_hooks
+        if c is None or c.c_skip == 0 or own:
+            return super().ask(x_t, t, cond)
+        return Answer(self._called(x_t, c, cond), c.c_skip, c.c_out)
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         output, c = self.output(x_t, t, cond)

@@ -10,7 +10,8 @@ The regression target of training is the same line read from right to left.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,40 +19,62 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.shapes import pad_to
-from undiffuse.paths import Path
+from undiffuse.core.sums import combine
+from undiffuse.paths import Path, for_values
 
 Time = Float[Tensor, " *b"]
 Event = Float[Tensor, "b *event"]
+Number = TypeVar("Number", Tensor, float)
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    """A prediction at a time; every entry has the shape of that time.
+class Coefficients(Generic[Number]):
+    """A prediction at a time; every entry has the shape of that time, or is a number where the time is one.
 
     `x_0 = c_skip x_t + c_out F`, `eps = e_skip x_t + e_out F`, `F = a x_0 + b eps`; the network sees
     `c_in x_t` and the noise label `c_noise`.
     """
 
-    a: Tensor
-    b: Tensor
-    c_skip: Tensor
-    c_out: Tensor
-    e_skip: Tensor
-    e_out: Tensor
-    c_in: Tensor
-    c_noise: Tensor
+    a: Number
+    b: Number
+    c_skip: Number
+    c_out: Number
+    e_skip: Number
+    e_out: Number
+    c_in: Number
+    c_noise: Number
+
+    def scaled(self, x_t: Event) -> Event:
+        """`c_in x_t`, x_t itself where c_in is the number 1."""
+        if isinstance(self.c_in, Tensor):
+            return pad_to(self.c_in, x_t) * x_t
+        return x_t if self.c_in == 1 else x_t * self.c_in
+
+    def labels(self, x_t: Event) -> Float[Tensor, " b"]:
+        """`c_noise` of each sample."""
+        if isinstance(self.c_noise, Tensor):
+            return self.c_noise.expand(len(x_t))
+        dtype = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+        return torch.full(x_t.shape[:1], self.c_noise, dtype=dtype, device=x_t.device)
 
     def data(self, output: Event, x_t: Event) -> Event:
         """`x_0` from the network's output."""
-        return torch.addcmul(pad_to(self.c_skip, x_t) * x_t, pad_to(self.c_out, x_t), output)
+        return _line(self.c_skip, x_t, self.c_out, output)
 
     def noise(self, output: Event, x_t: Event) -> Event:
         """`eps` from the network's output."""
-        return torch.addcmul(pad_to(self.e_skip, x_t) * x_t, pad_to(self.e_out, x_t), output)
+        return _line(self.e_skip, x_t, self.e_out, output)
 
     def target(self, x_0: Event, noise: Event) -> Event:
         """What the network should have said: `a x_0 + b eps`."""
-        return torch.addcmul(pad_to(self.a, x_0) * x_0, pad_to(self.b, noise), noise)
+        return _line(self.a, x_0, self.b, noise)
+
+
+def _line(a: Tensor | float, x: Event, b: Tensor | float, y: Event) -> Event:
+    """`a x + b y`."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.addcmul(pad_to(a, x) * x, pad_to(b, x), y)
+    return combine(x, float(a), y, float(b))
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class Prediction:
     label: Callable[[Path, Tensor], Tensor] = lambda path, t: path.noise_label(t)
     needs_signal: bool = False
 
-    def coefficients(self, path: Path, t: Time, sigma_data: float = 0.5) -> Coefficients:
+    def coefficients(self, path: Path, t: Time, sigma_data: float = 0.5) -> Coefficients[Tensor]:
         """All coefficients at `t`. Where sigma is 0 the clean estimate is x_t / alpha, whatever the prediction."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         a, b = self.line(path, t, sigma_data)
@@ -88,6 +111,21 @@ class Prediction:
             c_in=self.scale_in(path, t, sigma_data),
             c_noise=self.label(path, t),
         )
+
+    def reach(self, path: Path, t: Time) -> Time:
+        """The time at which it is asked instead of t: not past `path.t_high`, where it would say nothing of x_0."""
+        return t.clamp(max=path.t_high) if self.needs_signal else t
+
+
+@for_values
+def numbers(
+    path: Path, prediction: Prediction, times: tuple[float, ...], sigma_data: float
+) -> dict[float, Coefficients[float]]:
+    """The coefficients by time, computed in float64."""
+    t = prediction.reach(path, torch.tensor(times, dtype=torch.float64))
+    found = prediction.coefficients(path, t, sigma_data)
+    rows = torch.stack([getattr(found, entry.name) for entry in fields(Coefficients)], dim=1)
+    return {time: Coefficients(*row) for time, row in zip(times, rows.tolist())}
 
 
 def _norm(path: Path, t: Tensor, sigma_data: float) -> Tensor:

@@ -4,7 +4,7 @@ from undiffuse.paths.base import Path, change_of_path
 from undiffuse.paths.levels import check_levels, geometric_levels, levels_from_data
 from undiffuse.paths.schedules import PATHS, VE, VP, Cosine, Karras, Linear, SubVP, Trig
 from undiffuse.paths.tabulated import Tabulated
-from undiffuse.paths.values import for_values
+from undiffuse.paths.values import for_values, is_value
 
 __all__ = [
     "PATHS",
@@ -21,5 +21,6 @@ __all__ = [
     "check_levels",
     "for_values",
     "geometric_levels",
+    "is_value",
     "levels_from_data",
 ]

@@ -10,14 +10,20 @@ from typing import TypeVar
 from undiffuse.paths.base import Path
 
 T = TypeVar("T")
-_FUNCTIONS = attrgetter("alpha", "sigma", "alpha_dot", "sigma_dot", "time_of", "time_of_angle")
+_FUNCTIONS = attrgetter(
+    "alpha", "sigma", "alpha_dot", "sigma_dot", "time_of", "time_of_angle", "input_scale", "noise_label"
+)
+
+
+def is_value(path: Path) -> bool:
+    """Whether the path's own class says so (`Path.value`). Any other may be another path at the next call."""
+    return vars(type(path)).get("value", False)
 
 
 def for_values(function: Callable[..., T]) -> Callable[..., T]:
-    """The function of a path, its results kept for paths whose own class says that they are values (`Path.value`).
+    """The function of a path, its results kept for paths that are values.
 
-    Any other path may be another one at the next call. The class's functions are part of what is kept, too: they may be
-    replaced.
+    The class's functions are part of what is kept, too: they may be replaced.
     """
 
     @lru_cache(maxsize=256)
@@ -27,7 +33,6 @@ def for_values(function: Callable[..., T]) -> Callable[..., T]:
     @wraps(function)
     def found(path: Path, *rest: object) -> T:
         kind = type(path)
-        value = vars(kind).get("value", False)
-        return kept((kind, *_FUNCTIONS(kind)), path, *rest) if value else function(path, *rest)
+        return kept((kind, *_FUNCTIONS(kind)), path, *rest) if is_value(path) else function(path, *rest)
 
     return found

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.instants import sent
 from undiffuse.core.random import Streams
 from undiffuse.core.shapes import as_time
-from undiffuse.fields import Denoiser
+from undiffuse.fields import Answer, Denoiser
 from undiffuse.paths import Path, for_values
 from undiffuse.solvers.grids import make_grid
 
@@ -121,7 +122,7 @@ class Bound:
         self.calls = 0
         self.per_sample: Tensor | None = None
         self.rounds: Tensor | None = None
-        self.denoised: Tensor | None = None
+        self._last: tuple[Tensor, Answer] | None = None
         self._asked = () if grid is None else tuple(grid.tolist())
         self._scales = scales_at(self.path, self._asked)
         self._rates: Mapping[float, tuple[float, float]] | None = None
@@ -135,12 +136,34 @@ class Bound:
 
     def __call__(self, x: Event, t: Tensor | float) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
+        self._count_all()
+        denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
+        self._last = x, Answer(denoised)
+        return denoised
+
+    def ask(self, x: Event, t: Tensor | float) -> Answer:
+        """`E[x_0 | x_t]` as a sum, to be used before the next call."""
+        self._count_all()
+        answer = self.field.ask(x, self._time(t, x), self.cond)
+        output = self._checked(answer.output, x)
+        answer = answer if output is answer.output else answer._replace(output=output)
+        self._last = x, answer
+        return answer
+
+    @property
+    def denoised(self) -> Tensor | None:
+        """The last answer for the whole batch."""
+        return None if self._last is None else self._last[1].data(self._last[0])
+
+    def tell(self, denoised: Tensor) -> None:
+        """What is to be taken for the last answer."""
+        self._last = denoised, Answer(denoised)
+
+    def _count_all(self) -> None:
         self.calls += 1
         if self.per_sample is not None and self.rounds is not None:
             self.per_sample += 1
             self.rounds += 1
-        self.denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
-        return self.denoised
 
     @staticmethod
     def _checked(denoised: Tensor, x: Tensor) -> Tensor:
@@ -187,7 +210,7 @@ class Bound:
         """t on the device of x: the grid is sent there once, at the first call, not time by time."""
         if self._times is None:
             asked = self._asked or (float(t),)
-            self._times = dict(zip(asked, as_time(torch.tensor(asked, dtype=torch.float64), x).unbind()))
+            self._times = sent(asked, x)
         found = self._times.get(float(t))
         return found if found is not None else as_time(t, x)
 
@@ -254,6 +277,12 @@ class StreamNoise:
         branch = self.streams.fold(self.streams.draw)
         self.streams.draw += 1
         return branch
+
+
+def ask(field: Field, x: Event, t: Tensor | float) -> Answer:
+    """`E[x_0 | x_t]` as a sum, where the field knows it as one; to be used before the next call."""
+    known = getattr(field, "ask", None)
+    return known(x, t) if known is not None else Answer(field(x, t))
 
 
 def scales(field: Field, t: Tensor | float) -> tuple[float, float]:

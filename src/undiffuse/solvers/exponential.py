@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.sums import combine
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
 
 
 def exponential_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:
@@ -52,13 +51,13 @@ class DDIM(Solver):
         return self.eta > 0
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
+        answer = ask(field, x, t)
         on_x, on_denoised, q = exponential_coefficients(field, t, s)
         if self.eta == 0:
-            return combine(x, on_x, denoised, on_denoised), state
+            return answer.plus(x, on_x, on_denoised), state
         alpha_s, sigma_s = scales(field, s)
         fresh = (1 - q) * (1 + q) * self.eta**2
         kept = math.sqrt(1 - fresh)  # sqrt(sigma_s^2 - nu^2) / sigma_s
-        mean = combine(x, on_x * kept, denoised, alpha_s * (1 - q * kept))
+        mean = answer.plus(x, on_x * kept, alpha_s * (1 - q * kept))
         nu = sigma_s * math.sqrt(fresh)
         return (torch.add(mean, noise(), alpha=nu) if nu > 0 else mean), state

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.sums import weighted_sum
+from undiffuse.fields import Answer
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
 from undiffuse.solvers.noise_share import NoiseShare
-from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, told_by, total
+from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, lengths_of, told_by, total
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 
@@ -182,12 +183,13 @@ class Multistep(Solver):
         start, end = (Level.of(field, time, self.unit) for time in (t, s))
         if start.alpha == 0:
             return self._first(field, x, start, end, noise)
-        value = self._value(field, x, field(x, t), start, t)
+        value = self._value(field, x, ask(field, x, t), start, t)
         levels, values = (start, *past.levels), (value, *past.values)
+        lengths = (*self._lengths(value), *past.lengths)
         made = self._trusted(field, start, end, levels[: self.points])
         if self.miss is not None and len(values) > 2:
-            places = self._coordinate(field)(np.array([level.theta for level in levels]))
-            counts = told_by(values[: self.points + 1], places, self.miss)
+            places = self._coordinate(field)(np.array([level.theta for level in levels])).tolist()
+            counts = told_by(values[: self.points + 1], lengths, places, self.miss)
             if counts is not None:  # of fewer than all in some samples
                 most = min(len(values) - 1, self.points)
                 fewer = [self._trusted(field, start, end, levels[:k]) for k in range(1, most)]
@@ -197,7 +199,8 @@ class Multistep(Solver):
         if self.eta:
             # A corrected step keeps this noise: the correction is added to what was predicted.
             moved = _noised(moved, noise, self.noise_share.step(start, end)[1])
-        return moved, Past(levels[: self.points], values[: self.points], start, moved, made)
+        k = self.points
+        return moved, Past(levels[:k], values[:k], lengths[:k], start, moved, made)
 
     def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
         """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, z what is kept of `x / sigma` and fresh noise.
@@ -220,29 +223,35 @@ class Multistep(Solver):
         else:
             on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
         if self.prediction == "data":
-            return moved, Past((level,), (Value((denoised,), (1.0,)),), start, moved, (on_x, (end.alpha / self.unit,)))
-        value = self._kept((x, denoised), (on_noise / start.sigma, on_denoised))
+            value = Value((denoised,), (1.0,))
+            made = on_x, (end.alpha / self.unit,)
+            return moved, Past((level,), (value,), self._lengths(value), start, moved, made)
+        value = self._kept(x, Answer(denoised), (on_noise / start.sigma, on_denoised))
         # With phi = 0 the value goes to infinity at the start and the step stays as it is; else D is made of x and P.
         made = None
         if self.phi > 0:
             on_value = end.alpha / self.unit / on_denoised
             made = on_x - on_value * on_noise / start.sigma, (on_value,)
-        return moved, Past((level,), (value,), start, moved, made)
+        return moved, Past((level,), (value,), self._lengths(value), start, moved, made)
 
-    def _value(self, field: Field, x: Event, denoised: Event, level: Level, t: Tensor) -> Value:
+    def _value(self, field: Field, x: Event, answer: Answer, level: Level, t: Tensor) -> Value:
         """P at a level: `(cos(phi) x - N D) / sigma`; D itself where it is -D."""
         if self.prediction == "data":
-            return Value((denoised,), (1.0,))
+            return Value((answer.data(x),), (1.0,))
         if self.prediction == "velocity":
-            return self._kept((x, denoised), velocity_coefficients(field, t))
+            return self._kept(x, answer, velocity_coefficients(field, t))
         weights = (math.cos(self.phi) / level.sigma, -self._size(level) / (level.sigma * self.unit))
-        return self._kept((x, denoised), weights)
+        return self._kept(x, answer, weights)
 
-    def _kept(self, tensors: tuple[Tensor, Tensor], weights: tuple[float, float]) -> Value:
-        """A value of x and D: as these, where it is asked for once more at most, else added up."""
-        if self.points + self.corrector <= 2:
-            return Value(tensors, weights)
-        return Value((weighted_sum(tensors, weights),), (1.0,))
+    def _kept(self, x: Event, answer: Answer, weights: tuple[float, float]) -> Value:
+        """A value of x and D: as these, where D is a tensor and it is asked for once more at most, else added up."""
+        if self.points + self.corrector <= 2 and answer.on_x == 0:
+            return Value((x, answer.output), answer.weights(*weights))
+        return Value((answer.plus(x, *weights),), (1.0,))
+
+    def _lengths(self, value: Value) -> tuple[Tensor, ...]:
+        """Of the value's samples; none where no one asks for them."""
+        return () if self.miss is None else (lengths_of(value),)
 
     def _size(self, level: Level) -> float:
         """N."""

@@ -6,6 +6,7 @@ A weight is a number, or one for each sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ class Value(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What a run remembers: levels and values of its evaluations, the newest first, and its last step.
+    """What a run remembers: levels, values and, where it asks for them, lengths of its evaluations, the newest first,
+    and its last step.
 
     That step began at `start` and made `x_next`; another x met next was changed on the way, by a corrector of noise
     say, and is taken as it is. `made` are the weights of x and of the values in it; None: it is not to be made anew.
@@ -40,6 +42,7 @@ class Past(NamedTuple):
 
     levels: tuple[Level, ...] = ()
     values: tuple[Value, ...] = ()
+    lengths: tuple[Float[Tensor, " b"], ...] = ()
     start: Level | None = None
     x_next: Tensor | None = None
     made: Weights | None = None
@@ -79,33 +82,47 @@ def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
 
 
 @torch.no_grad()
-def told_by(values: Sequence[Value], places: np.ndarray, miss: float) -> Int[Tensor, " b"] | None:
+def lengths_of(value: Value) -> Float[Tensor, " b"]:
+    """The Euclidean length of each sample's."""
+    x = value.tensors[0] if value.weights == (1.0,) else weighted_sum(*value)
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+@torch.no_grad()
+def told_by(
+    values: Sequence[Value], lengths: Sequence[Float[Tensor, " b"]], places: Sequence[float], miss: float
+) -> Int[Tensor, " b"] | None:
     """Through how many evaluations before the newest a polynomial tells that, for each sample: the most, at least 1.
 
     Told is what is within `miss` times the length of the longest. None: all tell it to all samples.
 
     Args:
         values: the newest first, three or more.
+        lengths: theirs, and perhaps more.
         places: what the polynomials are functions of, at these.
         miss: above 0.
     """
-
-    def length(weights: Sequence[float]) -> Tensor:
-        tensors = [(tensor, w * factor) for value, w in zip(values, weights) for tensor, factor in zip(*value) if w]
-        return weighted_sum(*zip(*tensors)).flatten(1).norm(dim=1)
-
     most = len(values) - 1
-    units = np.eye(len(values)).tolist()
-    allowed = miss * torch.stack([length(unit) for unit in units]).amax(0)
-    counts = torch.full(allowed.shape, most, device=allowed.device)
+    allowed = miss * torch.stack(tuple(lengths[: len(values)])).amax(0)
+    counts = None
     for count in range(most, 1, -1):
-        ahead = lagrange(places[1 : count + 1].tolist(), places[:1])[:, 0]
+        weights = (1.0, *(-w for w in _ahead(tuple(places[: count + 1]))))
+        tensors = [(tensor, w * factor) for value, w in zip(values, weights) for tensor, factor in zip(*value)]
         # Not where it is NaN, which the run will name.
-        lost = (length([1.0, *(-ahead).tolist()]) > allowed) & (counts == count)
+        lost = lengths_of(Value(*zip(*tensors))) > allowed
+        if counts is not None:
+            lost &= counts == count
         if not bool(lost.any()):
             break
+        counts = torch.full(lost.shape, most, device=lost.device) if counts is None else counts
         counts = torch.where(lost, count - 1, counts)
-    return counts if bool((counts < most).any()) else None
+    return counts
+
+
+@lru_cache(maxsize=4096)
+def _ahead(places: tuple[float, ...]) -> tuple[float, ...]:
+    """Weights of the polynomial's value at the first place, by its values at the others."""
+    return tuple(lagrange(places[1:], np.array(places[:1]))[:, 0].tolist())
 
 
 def chosen(choices: Sequence[Weights], which: Int[Tensor, " b"]) -> Weights:

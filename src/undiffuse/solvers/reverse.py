@@ -17,8 +17,9 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.sums import combine
+from undiffuse.fields import Answer
 from undiffuse.paths import Path
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
 from undiffuse.solvers.exponential import exponential_coefficients
 from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.runge_kutta import velocity_coefficients
@@ -76,10 +77,10 @@ class _InPathTime(_Reverse):
         return make_grid(path, steps, "karras") if bool(turns.any()) else grid
 
 
-def closed_step(field: Field, x: Event, denoised: Event, t: Tensor, s: Tensor) -> Event:
+def closed_step(field: Field, x: Event, answer: Answer, t: Tensor, s: Tensor) -> Event:
     """DDIM's step; `alpha_s E[x_0 | x_t]` where sigma_s = 0."""
     on_x, on_denoised, _ = exponential_coefficients(field, t, s)
-    return combine(x, on_x, denoised, on_denoised)
+    return answer.plus(x, on_x, on_denoised)
 
 
 def added(x: Event, noise: Noise, std: float) -> Event:
@@ -96,12 +97,12 @@ class EulerMaruyama(_InPathTime):
     evals_per_step: ClassVar[int] = 1
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
+        answer = ask(field, x, t)
         if self._singular(field, t, s):
-            return closed_step(field, x, denoised, t, s), state
+            return closed_step(field, x, answer, t, s), state
         h = float(s) - float(t)
         p, q, g = reverse_coefficients(field, t, self.eta)
-        return added(combine(x, 1 + h * p, denoised, h * q), noise, g * math.sqrt(-h)), state
+        return added(answer.plus(x, 1 + h * p, h * q), noise, g * math.sqrt(-h)), state
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class StochasticHeun(_InPathTime):
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         first = field(x, t)
         if self._singular(field, t, s):
-            return closed_step(field, x, first, t, s), state
+            return closed_step(field, x, Answer(first), t, s), state
         h = float(s) - float(t)
         (p, q, g), (p_s, q_s, g_s) = (reverse_coefficients(field, time, self.eta) for time in (t, s))
         euler = combine(x, 1 + h * p, first, h * q)
@@ -162,11 +163,11 @@ class ReverseDiffusion(_Reverse):
     evals_per_step: ClassVar[int] = 1
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
+        answer = ask(field, x, t)
         if self._singular(field, t, s) or scales(field, t)[0] == 0:
-            return closed_step(field, x, denoised, t, s), state
+            return closed_step(field, x, answer, t, s), state
         on_x, on_denoised, std = chain_coefficients(field, t, s, self.eta)
-        return added(combine(x, on_x, denoised, on_denoised), noise, std), state
+        return added(answer.plus(x, on_x, on_denoised), noise, std), state
 
 
 # Stage and weights of the two-stage scheme, and the correlation of its noises: see `SRK`.

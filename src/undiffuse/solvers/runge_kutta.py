@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.sums import combine, weighted_sum
+from undiffuse.fields import Answer
 from undiffuse.paths import Path, for_values
-from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, rates, scales
+from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, ask, rates, scales
 from undiffuse.solvers.grids import make_grid
 
 Row = tuple[float, ...]
@@ -95,20 +96,26 @@ class RungeKutta(Solver):
             field.foresee([between(*step, node) for step in pairwise(field.grid.tolist()) for node in inner])
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        answers, start, end = [field(x, t)], float(t), float(s)
+        answer, start, end = ask(field, x, t), float(t), float(s)
         if scales(field, end)[1] == 0:
-            return self.last_step(field, x, answers[0], t, s), state
-        h = end - start
-        velocities: list[Row] = [velocity_coefficients(field, start)]
-        for node, row in zip(self.nodes[1:], self.rows):
-            time = end if node == 1 else between(start, end, node)
-            p, q = velocity_coefficients(field, time)
+            return self.last_step(field, x, answer, t, s), state
+        h, stage, weights, time = end - start, x, (1.0,), start
+        answers: list[Event] = []
+        velocities: list[Row] = []
+        for node, row in zip((*self.nodes[1:], None), (*self.rows, self.weights)):
+            # The last answer is used before the next call, and need not be added up.
+            answer = answer if node is None else Answer(answer.data(stage))
+            on_stage, on_answer = answer.weights(*velocity_coefficients(field, time))
+            answers.append(answer.output)
+            velocities.append((*(on_stage * w for w in weights), on_answer))
             weights = stage_coefficients(h, row, velocities)
-            answers.append(field(combined(x, answers, weights), time))
-            velocities.append((*(p * w for w in weights), q))
-        return combined(x, answers, stage_coefficients(h, self.weights, velocities)), state
+            stage = combined(x, answers, weights)
+            if node is not None:
+                time = end if node == 1 else between(start, end, node)
+                answer = ask(field, stage, time)
+        return stage, state
 
-    def last_step(self, field: Field, x: Event, denoised: Event, t: Scalar, s: Scalar) -> Event:
+    def last_step(self, field: Field, x: Event, answer: Answer, t: Scalar, s: Scalar) -> Event:
         """`alpha_s D_1`, D_1 = E[x_0 | x_t]; where `extrapolates`, `alpha_s (2 D_m - D_1)`.
 
         That is the midpoint rule in `u = sigma / alpha` for `y = x / alpha`, whose velocity `(y - D) / u` is regular
@@ -117,11 +124,11 @@ class RungeKutta(Solver):
         """
         (alpha, sigma), alpha_s = scales(field, t), scales(field, s)[0]
         if not self.extrapolates or alpha == 0:
-            return denoised * alpha_s
+            return answer.plus(x, 0.0, alpha_s)
         middle = field.path.time_of(torch.tensor(math.log(2 * alpha / sigma), dtype=torch.float64))
         if float(middle) < field.path.t_low:
-            return denoised * alpha_s
-        half = 0.5 * scales(field, middle)[0]
+            return answer.plus(x, 0.0, alpha_s)
+        half, denoised = 0.5 * scales(field, middle)[0], answer.data(x)
         return combine(field(combine(x, half / alpha, denoised, half), middle), 2 * alpha_s, denoised, -alpha_s)
 
 
@@ -134,6 +141,13 @@ class Euler(RungeKutta):
     nodes: ClassVar[Row] = (0.0,)
     rows: ClassVar[tuple[Row, ...]] = ()
     weights: ClassVar[Row] = (1.0,)
+
+    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
+        answer, start, end = ask(field, x, t), float(t), float(s)
+        if scales(field, end)[1] == 0:
+            return self.last_step(field, x, answer, t, s), state
+        h, (p, q) = self.weights[0] * (end - start), velocity_coefficients(field, start)
+        return answer.plus(x, 1 + h * p, h * q), state
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.sums import weighted_sum
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
 
@@ -70,11 +70,11 @@ class Singlestep(Solver):
 
     def _value(self, field: Field, x: Event, t: Tensor) -> Event:
         """E[x_0 | x], or E[eps | x]."""
-        denoised = field(x, t)
+        answer = ask(field, x, t)
         if self.data:
-            return denoised
+            return answer.data(x)
         alpha, sigma = scales(field, t)
-        return weighted_sum((x, denoised), (1 / sigma, -alpha / sigma))
+        return answer.plus(x, 1 / sigma, -alpha / sigma)
 
     def _moved(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.sums import combine
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
 from undiffuse.solvers.exponential import exponential_coefficients
 
 
@@ -32,9 +32,9 @@ class DDPM(Solver):
     stochastic: ClassVar[bool] = True
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        denoised = field(x, t)
+        answer = ask(field, x, t)
         on_x, on_denoised, std = posterior_coefficients(field, t, s)
-        mean = combine(x, on_x, denoised, on_denoised)
+        mean = answer.plus(x, on_x, on_denoised)
         return (torch.add(mean, noise(), alpha=std) if std > 0 else mean), state
 
 
