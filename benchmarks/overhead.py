@@ -154,6 +154,7 @@ METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
         "ours ddim": lambda _: ours("ddim", ud.Linear()),
         "ours ddim, VP": lambda _: ours("ddim", ud.VP()),
         "ours euler, network of velocity": lambda _: ours_network("euler", ud.Linear(), "velocity"),
+        "ours ddim, VP, network of noise": lambda _: ours_network("ddim", ud.VP(), "noise"),
         "diffusers FlowMatchEuler": lambda _: diffusers("FlowMatchEulerDiscrete"),
         "diffusers EulerDiscrete": lambda _: diffusers("EulerDiscrete", scaled=True),
         "diffusers DDIM": lambda _: diffusers("DDIM"),
@@ -164,6 +165,7 @@ METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
     "2m": (4, {
         "ours dpmpp-2m": lambda _: ours("dpmpp-2m", ud.Linear()),
         "ours dpmpp-2m, VP": lambda _: ours("dpmpp-2m", ud.VP()),
+        "ours dpmpp-2m, VP, network of noise": lambda _: ours_network("dpmpp-2m", ud.VP(), "noise"),
         "diffusers DPMSolver++(2)": lambda _: diffusers("DPMSolverMultistep"),
         "diffusers EDM DPMSolver++(2)": lambda _: diffusers("EDMDPMSolverMultistep", scaled=True),
         "k-diffusion dpmpp_2m": lambda folder: k_diffusion("dpmpp_2m", folder),
@@ -171,15 +173,18 @@ METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
     }),
     "deis-2": (4, {
         "ours deis-2": lambda _: ours("deis-2", ud.Linear()),
+        "ours deis-2, VP, network of noise": lambda _: ours_network("deis-2", ud.VP(), "noise"),
         "diffusers DEIS(2)": lambda _: diffusers("DEISMultistep", solver_order=2),
         "azula zEAB(2)": lambda _: azula("zEAB", order=2),
     }),
     "unipc-2": (6, {
         "ours unipc-2": lambda _: ours("unipc-2", ud.Linear()),
+        "ours unipc-2, VP, network of noise": lambda _: ours_network("unipc-2", ud.VP(), "noise"),
         "diffusers UniPC(2)": lambda _: diffusers("UniPCMultistep", solver_order=2),
     }),
     "heun": (7, {
         "ours heun": lambda _: ours("heun", ud.Linear()),
+        "ours heun, network of velocity": lambda _: ours_network("heun", ud.Linear(), "velocity"),
         "ours edm, Karras": lambda _: ours("edm", ud.Karras()),
         "diffusers FlowMatchHeun": lambda _: diffusers("FlowMatchHeunDiscrete"),
         "diffusers HeunDiscrete": lambda _: diffusers("HeunDiscrete", scaled=True),
@@ -189,10 +194,12 @@ METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
     }),
     "midpoint": (6, {
         "ours midpoint": lambda _: ours("midpoint", ud.Linear()),
+        "ours midpoint, network of velocity": lambda _: ours_network("midpoint", ud.Linear(), "velocity"),
         "flow_matching midpoint": lambda _: flow_matching("midpoint"),
     }),
     "rk4": (15, {
         "ours rk4": lambda _: ours("rk4", ud.Linear()),
+        "ours rk4, network of velocity": lambda _: ours_network("rk4", ud.Linear(), "velocity"),
         "flow_matching rk4": lambda _: flow_matching("rk4"),
     }),
 }  # fmt: skip
