@@ -78,6 +78,20 @@ def test_a_model_of_one_path_asked_on_another(target):
     torch.testing.assert_close(moved.noise(x_t, t), noise, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("source", [VP(), Karras()], ids=["vp", "karras"])
+def test_a_model_asked_beyond_its_own_noise_answers_from_its_end(source):
+    """A model of VP on Linear begins where alpha = 0: there x_0 is asked of x as VP's last noise."""
+
+    class Exact(NetworkDenoiser):
+        def forward(self, x_t, t, cond=None):
+            return truth(self.path, x_t, t.expand(len(x_t)))[0]
+
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    model, last = Exact(nn.Identity(), source), torch.tensor(source.t_max, dtype=F64)
+    size = torch.hypot(source.alpha(last), source.sigma(last))
+    torch.testing.assert_close(on_path(model, Linear())(x, torch.tensor(1.0, dtype=F64)), model(x * size, last))
+
+
 def test_the_network_runs_in_its_own_dtype_and_sees_a_label_per_sample():
     seen = {}
 

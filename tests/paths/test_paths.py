@@ -191,6 +191,20 @@ def test_change_of_path(source, path):
     close(scale * source.sigma(tau), path.sigma(t), atol=1e-10)
 
 
+@every_path
+@pytest.mark.parametrize("source", PATHS.values(), ids=PATHS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_beyond_the_source_s_end_is_its_end(source, path, dtype):
+    """Where alpha or sigma is 0 on the target too, as at the first step of a sampler on Linear."""
+    for end, own, sign in ((path.t_max, source.t_max, 1), (path.t_min, source.t_min, -1)):
+        time, last = torch.tensor(end, dtype=dtype), torch.tensor(own, dtype=dtype)
+        tau, scale = change_of_path(source, path, time)
+        assert torch.isfinite(scale)
+        assert source.t_min <= tau <= source.t_max
+        if sign * path.angle(time) >= sign * source.angle(last):
+            close(tau, last, rtol=1e-5)
+
+
 def test_monograph_form_of_the_change_of_path():
     """On the canonical path tau = sigma / (alpha + sigma) and c = alpha + sigma."""
     t = inside(VP())

@@ -41,7 +41,8 @@ class _BetaPath(Path):
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def _time_of_integral(self, b: Time) -> Time:
-        # The root of B(t) = b, in the form without cancellation.
+        # The root of B(t) = b, in the form without cancellation. b is infinite where alpha = 0: a time past every end.
+        b = b.clamp(max=torch.finfo(b.dtype).max ** 0.5)
         root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * b)
         return 2 * b / (self.beta_min + root)
 
