@@ -12,7 +12,7 @@ from torch import nn
 from solvers.measuring import DETERMINISTIC, F64, SOLVERS, mixture, numbers
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.instants import known, sent
-from undiffuse.fields import PREDICTIONS, Answer, NetworkDenoiser, prediction
+from undiffuse.fields import PREDICTIONS, Answer, NetworkDenoiser, on_path, prediction
 from undiffuse.paths import VP, Karras, Linear
 from undiffuse.solvers import Bound, EulerMaruyama, sample
 
@@ -202,3 +202,35 @@ def test_a_network_that_changes_its_input_is_told():
         network(torch.ones(2, 2), 0.5)
     # Scaled on the way in it is a copy that changes.
     assert torch.isfinite(NetworkDenoiser(net, Karras(), "edm")(torch.ones(2, 2), 0.5)).all()
+
+
+@pytest.mark.parametrize("solver", ["euler", "abm-4", "ddpm", "rk4"])
+@pytest.mark.parametrize("name", ["edm", "v", "data"])
+@pytest.mark.parametrize(("path", "target"), [(VP(), Karras()), (Karras(), VP()), (Linear(), VP()), (VP(), Linear())])
+def test_a_network_on_another_path(path, target, name, solver):
+    exact, network = perfect(path, name)
+    start = float(target.sigma(torch.tensor(target.t_max, dtype=F64))) * numbers(16, 2)
+    wanted, got = (
+        sample(on_path(field, target), noise=start, solver=solver, steps=6, seed=1) for field in (exact, network)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_times_on_another_path_are_numbers_too():
+    """The time of the source, and what x is divided by, once for a run; from a number as from a tensor."""
+    exact, network = perfect(VP(), "v")
+    moved, x = on_path(network, Karras()), numbers(5, 2)
+    asked = sent((2.0, 0.5), x)
+    for t, tensor in asked.items():
+        wanted = moved(x, torch.tensor(t, dtype=F64))
+        torch.testing.assert_close(moved(x, tensor), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moved(x, t), wanted, rtol=1e-12, atol=1e-12)
+        answer = moved.ask(x, tensor)
+        assert answer.on_x != 0
+        torch.testing.assert_close(answer.data(x), wanted, rtol=1e-12, atol=1e-12)
+    inside = on_path(exact, Karras())
+    with torch.inference_mode():
+        inside(x, 0.5)
+    weight = torch.ones((), dtype=F64, requires_grad=True)
+    (inside(x * weight, 0.5).sum()).backward()  # nothing kept is of inference mode
+    assert weight.grad is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.instants import Instant, known
+from undiffuse.core.instants import Instant, known, sent
 from undiffuse.core.shapes import as_time, pad_to
 from undiffuse.core.sums import combine
 from undiffuse.fields import prediction as predictions
@@ -89,6 +88,10 @@ class Denoiser(nn.Module):
         """`E[x_0 | x_t]` as a sum, where the model makes it of x_t and of one tensor by numbers."""
         return Answer(self(x_t, t, cond))
 
+    def _answers_as(self, kind: type[Denoiser]) -> bool:
+        """Whether E[x_0] is what that class says: a subclass, or a hook, may have its own idea of it."""
+        return type(self).forward is kind.forward and not (self._forward_hooks or self._forward_pre_hooks)
+
     def noise(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         """`E[eps | x_t]`."""
         return self.estimate(x_t, t, cond)[1]
@@ -130,7 +133,7 @@ class NetworkDenoiser(Denoiser):
         self.net = net
         self.prediction = predictions.get(prediction)
         self.sigma_data = sigma_data
-        self._kept: tuple[tuple, dict[float, Coefficients[float]]] = (None,) * 4, {}
+        self._kept: tuple[tuple, dict[float, Coefficients[float]]] = (), {}
 
     def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients]:
         """The network's output F and the coefficients that give it its meaning; what objectives regress.
@@ -161,7 +164,7 @@ class NetworkDenoiser(Denoiser):
         if instant is None or not is_value(self.path):
             return None
         of = self.path, self.prediction, instant.among, self.sigma_data
-        if not all(map(is_, self._kept[0], of)):
+        if self._kept[0] != of:
             self._kept = of, predictions.numbers(*of)
         return self._kept[1][instant.number]
 
@@ -171,9 +174,8 @@ class NetworkDenoiser(Denoiser):
 
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
         c = self._numbers(known(t))
-        # A subclass, or a hook, may have its own idea of E[x_0]; and where F is E[x_0] solvers may keep it.
-        own = type(self).forward is not NetworkDenoiser.forward or self._forward_hooks or self._forward_pre_hooks
-        if c is None or c.c_skip == 0 or own:
+        # Where F is E[x_0] a solver may keep it.
+        if c is None or c.c_skip == 0 or not self._answers_as(NetworkDenoiser):
             return super().ask(x_t, t, cond)
         return Answer(self._called(x_t, c, cond), c.c_skip, c.c_out)
 
@@ -188,6 +190,7 @@ class OnPath(Denoiser):
     def __init__(self, source: Denoiser, path: Path):
         super().__init__(path)
         self.source = source
+        self._kept: tuple[tuple, dict[float, tuple[Tensor, float]]] = (), {}
 
     @property
     def t_low(self) -> float:
@@ -196,12 +199,36 @@ class OnPath(Denoiser):
         return self.path.t_min if self.source.t_low == self.source.path.t_min else mapped
 
     def _moved(self, x_t: Event, t: Time) -> tuple[Event, Tensor]:
+        known_move = self._known_move(x_t, t)
+        if known_move is not None:
+            tau, scale = known_move
+            return (x_t if scale == 1 else x_t / scale), tau
         tau, scale = change_of_path(self.source.path, self.path, as_time(t, x_t))
         return x_t / pad_to(scale, x_t), tau
+
+    def _known_move(self, x_t: Event, t: Time) -> tuple[Tensor, float] | None:
+        """tau and c of a time whose number is known, on paths that have nothing to learn: once for a run."""
+        instant, paths = known(t), (self.source.path, self.path)
+        if instant is None or not all(map(is_value, paths)):
+            return None
+        of = *paths, instant.among, x_t.dtype, x_t.device, torch.is_inference_mode_enabled()
+        if self._kept[0] != of:
+            tau, scale = change_of_path(*paths, torch.tensor(instant.among, dtype=torch.float64))
+            there = sent(tau.tolist(), x_t)
+            self._kept = of, {at: (there[to], c) for at, to, c in zip(instant.among, tau.tolist(), scale.tolist())}
+        return self._kept[1][instant.number]
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         x_tau, tau = self._moved(x_t, t)
         return self.source(x_tau, tau, cond)
+
+    def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
+        known_move = self._known_move(x_t, t)
+        if known_move is None or not self._answers_as(OnPath):
+            return super().ask(x_t, t, cond)
+        x_tau, tau = self._moved(x_t, t)
+        answer = self.source.ask(x_tau, tau, cond)
+        return answer._replace(on_x=answer.on_x / known_move[1])
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         x_tau, tau = self._moved(x_t, t)
