@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from solvers.measuring import DETERMINISTIC, F64, SOLVERS, mixture, numbers
+from solvers.measuring import DETERMINISTIC, F64, SOLVERS, mixture, numbers, strong_error
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.instants import known, sent
-from undiffuse.fields import PREDICTIONS, Answer, NetworkDenoiser, on_path, prediction
+from undiffuse.fields import PREDICTIONS, Answer, Denoiser, NetworkDenoiser, on_path, prediction
+from undiffuse.oracles.law import LawDenoiser
 from undiffuse.paths import VP, Karras, Linear
-from undiffuse.solvers import Bound, EulerMaruyama, sample
+from undiffuse.solvers import DDIM, Bound, Euler, EulerMaruyama, integrate, sample
 
 
 class Perfect(nn.Module):
@@ -94,7 +98,8 @@ def test_a_number_a_time_and_a_known_time_mean_the_same(name):
             torch.testing.assert_close(method(x, time), wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(network.ask(x, t).data(x), network(x, t), rtol=1e-12, atol=1e-12)
     assert network.ask(x, torch.tensor(t, dtype=F64)).on_x == 0
-    assert network.ask(x, asked).on_x == network.ask(x, t).on_x == network.output(x, t)[1].c_skip
+    spec = network.prediction.coefficients(VP(), torch.tensor(t, dtype=F64))
+    assert network.ask(x, asked).on_x == network.ask(x, t).on_x == spec.c_skip
 
 
 def test_a_number_gives_float32_and_bfloat16_what_a_time_gives():
@@ -145,9 +150,14 @@ def test_times_are_known_only_as_sent():
     times = sent((0.2, 0.7), torch.zeros(1))
     assert known(times[0.7]).number == 0.7
     assert known(times[0.7]).among == (0.2, 0.7)
-    assert known(0.3) == (0.3, (0.3,))
+    assert known(0.3) == (0.3, (0.3,), None)
     for other in (times[0.7] * 2, times[0.7].clone(), times[0.7].expand(3), torch.tensor(0.7)):
         assert known(other) is None
+    times[0.2].add_(0.1)
+    assert known(times[0.2]) is None  # all of a run's are views of one tensor
+    times = sent((0.2, 0.7), torch.zeros(1))
+    asked = sent((0.7,), torch.zeros(1))[0.7].requires_grad_()
+    assert known(asked) is None
     # Were the number taken, compiled code would be made for every time anew.
     inside = torch.compile(lambda t: t + (0.0 if known(t) is None else 1.0), backend="eager", fullgraph=True)
     assert inside(times[0.7]) == times[0.7]
@@ -162,20 +172,98 @@ def test_a_compiled_denoiser_is_the_same_at_every_time():
         torch.testing.assert_close(compiled(x, t), network(x, t))
 
 
-def test_a_subclass_and_a_hook_have_the_last_word():
-    class Half(NetworkDenoiser):
-        def forward(self, x_t, t, cond=None):
-            return 0.5 * super().forward(x_t, t, cond)
+class Zero(nn.Module):
+    def forward(self, x, label, cond=None):
+        return torch.zeros_like(x)
 
-    net = nn.Identity()
-    net.forward = lambda x, label, cond=None: torch.zeros_like(x)
-    plain, half = (kind(net, VP(), "v") for kind in (NetworkDenoiser, Half))
-    hooked = NetworkDenoiser(net, VP(), "v")
-    hooked.register_forward_hook(lambda module, given, out: 0.5 * out)
+
+class HalfForward(NetworkDenoiser):
+    def forward(self, x_t, t, cond=None):
+        return 0.5 * super().forward(x_t, t, cond)
+
+
+class HalfCall(NetworkDenoiser):
+    def __call__(self, *args):
+        return 0.5 * super().__call__(*args)
+
+
+class HalfOutput(NetworkDenoiser):
+    def output(self, x_t, t, cond=None):
+        output, c = super().output(x_t, t, cond)
+        return output, replace(c, c_skip=0.5 * c.c_skip, c_out=0.5 * c.c_out)
+
+
+class HalfCoefficients(NetworkDenoiser):
+    def _coefficients(self, time):
+        c = super()._coefficients(time)
+        return replace(c, c_skip=0.5 * c.c_skip, c_out=0.5 * c.c_out)
+
+
+def hooked():
+    network = NetworkDenoiser(Zero(), VP(), "v")
+    network.register_forward_hook(lambda module, given, out: 0.5 * out)
+    return network
+
+
+def replaced():
+    network = NetworkDenoiser(Zero(), VP(), "v")
+    said = network.forward
+    network.forward = lambda x_t, t, cond=None: 0.5 * said(x_t, t, cond)
+    return network
+
+
+HALVES = {
+    kind.__name__: partial(kind, Zero(), VP(), "v") for kind in (HalfForward, HalfCall, HalfOutput, HalfCoefficients)
+}
+HALVES |= {"a hook": hooked, "an instance's own": replaced}
+
+
+@pytest.mark.parametrize("make", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("solver", ["euler", "abm-4"])
+def test_who_changes_the_answer_has_the_last_word(make, solver):
+    class Half(LawDenoiser):
+        def forward(self, x_t, t, cond=None):
+            return 0.5 * NetworkDenoiser(Zero(), VP(), "v")(x_t, torch.as_tensor(t), cond)
+
     noise = numbers(4, 2)
-    whole, first, second = (sample(f, noise=noise, solver="euler", steps=3) for f in (plain, half, hooked))
-    torch.testing.assert_close(first, second)
-    assert not torch.allclose(first, whole)
+    wanted = sample(Half(mixture(), VP()), noise=noise, solver=solver, steps=3)
+    torch.testing.assert_close(sample(make(), noise=noise, solver=solver, steps=3), wanted)
+
+
+def test_a_class_that_is_replaced_has_it_too():
+    network, noise = NetworkDenoiser(Zero(), VP(), "v"), numbers(4, 2)
+    with mock.patch.object(NetworkDenoiser, "forward", lambda self, x_t, t, cond=None: torch.zeros_like(x_t)):
+        zero = sample(network, noise=noise, solver="euler", steps=3)
+    assert not torch.allclose(zero, sample(network, noise=noise, solver="euler", steps=3))
+
+
+def test_what_is_compiled_is_called():
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *given: calls.append(1) or graph.forward(*given)
+
+    network, x = NetworkDenoiser(Zero(), VP(), "v"), numbers(4, 2)
+    grid = torch.tensor([0.9, 0.5, 0.1], dtype=F64)
+    wanted = integrate(Bound(network, grid=grid), x, grid, Euler())
+    got = integrate(Bound(torch.compile(network, backend=backend), grid=grid), x, grid, Euler())
+    torch.testing.assert_close(got, wanted)
+    assert len(calls) == 2
+    network.compile(backend=backend)
+    torch.testing.assert_close(integrate(Bound(network, grid=grid), x, grid, Euler()), wanted)
+    assert len(calls) == 4
+
+
+def test_a_field_need_not_be_a_denoiser():
+    class Field:
+        path = VP()
+
+        def __call__(self, x, t, cond=None):
+            return torch.zeros_like(x)
+
+    grid, x = torch.tensor([0.9, 0.1], dtype=F64), numbers(4, 2)
+    got = integrate(Bound(Field(), grid=grid), x, grid, DDIM())
+    torch.testing.assert_close(got, x * (VP().sigma(grid[1]) / VP().sigma(grid[0])))
 
 
 def test_an_answer_is_counted_checked_and_kept():
@@ -194,14 +282,121 @@ def test_an_answer_is_counted_checked_and_kept():
         other.ask(x, t)
 
 
-def test_a_network_that_changes_its_input_is_told():
-    net = nn.Identity()
-    net.forward = lambda x, label, cond=None: x.mul_(2)
-    network = NetworkDenoiser(net, Linear(), "velocity")
-    with pytest.raises(ArgumentError, match="changes its input in place"):
-        network(torch.ones(2, 2), 0.5)
-    # Scaled on the way in it is a copy that changes.
-    assert torch.isfinite(NetworkDenoiser(net, Karras(), "edm")(torch.ones(2, 2), 0.5)).all()
+class Writes(nn.Module):
+    """Doubles its input: in place, or on a copy."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x, label, cond=None):
+        return torch.tanh(x.mul_(2) if self.in_place else x * 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("solver", ["euler", "heun", "abm-4"])
+def test_a_network_may_write_into_its_input(mode, solver):
+    noise = numbers(4, 2)
+    before = noise.clone()
+    with mode():
+        got, wanted = (
+            sample(NetworkDenoiser(Writes(writes), Linear(), "velocity"), noise=noise, solver=solver, steps=4)
+            for writes in (True, False)
+        )
+    assert torch.equal(noise, before)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_network_that_begins_to_write_into_its_input_is_told():
+    network, x = NetworkDenoiser(Writes(False), Linear(), "velocity"), torch.ones(2, 2)
+    network(x, 0.5)
+    network.net.in_place = True
+    with pytest.raises(ArgumentError, match="change its input in place"):
+        network(x, 0.5)
+    network.net = Writes(True)  # another one is tried anew
+    assert torch.equal(network(torch.ones(2, 2), 0.5), network(torch.ones(2, 2), torch.tensor(0.5)))
+
+
+def test_a_network_sees_x_dense():
+    class Flat(nn.Module):
+        def forward(self, x, label, cond=None):
+            return x.view(len(x), -1).view(x.shape)
+
+    network = NetworkDenoiser(Flat(), Linear(), "velocity")
+    for noise in (numbers(4, 3, 8, 8)[:, :, ::2, ::2], numbers(1, 3).expand(4, 3)):
+        wanted = sample(network, noise=noise.clone(), solver="euler", steps=3)
+        torch.testing.assert_close(sample(network, noise=noise, solver="euler", steps=3), wanted)
+
+
+def test_a_prediction_that_learns_is_asked_each_time():
+    scale = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    label = nn.Identity()
+    label.forward = lambda x, label, cond=None: x * label[:, None]
+    learned = prediction.Prediction("learned", PREDICTIONS["noise"].line, label=lambda path, t: scale * t)
+    network, x = NetworkDenoiser(label, VP(), learned), numbers(2, 2)
+    network(x, 0.5).sum().backward()
+    assert scale.grad is not None
+    before = sample(network, noise=x, solver="euler", steps=2)
+    with torch.no_grad():
+        scale.mul_(3)
+    assert not torch.allclose(sample(network, noise=x, solver="euler", steps=2), before)
+
+
+def test_what_is_kept_is_for_what_it_was_made_of():
+    """Another path, prediction or sigma_data between two calls."""
+    _, network = perfect(Karras(), "edm")
+    network.net.forward = lambda x, label, cond=None: torch.tanh(x)
+    x, t = numbers(3, 2), 0.7
+    for change in ({"sigma_data": 0.9}, {"path": VP()}, {"prediction": PREDICTIONS["v"]}):
+        network(x, t)
+        for name, value in change.items():
+            setattr(network, name, value)
+        torch.testing.assert_close(network(x, t), network(x, torch.tensor(t, dtype=F64)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_threads_may_share_a_denoiser(moved):
+    _, network = perfect(Karras(), "edm")
+    network.net.forward = lambda x, label, cond=None: torch.tanh(x)
+    field = on_path(network, VP()) if moved else network
+    noise, interval = numbers(2, 2), sys.getswitchinterval()
+    alone = {steps: sample(field, noise=noise, solver="euler", steps=steps) for steps in (3, 5, 7)}
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda n: (n, sample(field, noise=noise, solver="euler", steps=n)), (3, 5, 7) * 15))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(x, alone[n]) for n, x in found)
+
+
+def test_the_denoised_outlives_the_network_s_buffer():
+    """A corrector that asks for the score comes between the answer and the callback."""
+
+    class Nudge:
+        def correct(self, field, x, t, noise):
+            return x + 0.01 * field.score(x, t)
+
+    exact, network = perfect(Linear(), "velocity")
+    seen = [
+        torch.stack(
+            sample(field, noise=numbers(4, 2), solver="euler", steps=4, corrector=Nudge(), return_info=True).denoised
+        )
+        for field in (exact, network)
+    ]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_tableau_of_one_s_own():
+    @dataclass(frozen=True)
+    class Ralston(Euler):
+        order = 2
+        nodes, rows, weights = (0.0, 2 / 3), ((2 / 3,),), (0.25, 0.75)
+
+    exact, network = perfect(VP(), "v")
+    assert strong_error(Ralston(), VP(), [20, 40])[1] < 0.4 * strong_error(Ralston(), VP(), [20, 40])[0]
+    wanted, got = (sample(field, noise=numbers(4, 2), solver=Ralston(), steps=5) for field in (exact, network))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("solver", ["euler", "abm-4", "ddpm", "rk4"])
@@ -218,7 +413,7 @@ def test_a_network_on_another_path(path, target, name, solver):
 
 def test_times_on_another_path_are_numbers_too():
     """The time of the source, and what x is divided by, once for a run; from a number as from a tensor."""
-    exact, network = perfect(VP(), "v")
+    _, network = perfect(VP(), "v")
     moved, x = on_path(network, Karras()), numbers(5, 2)
     asked = sent((2.0, 0.5), x)
     for t, tensor in asked.items():
@@ -228,9 +423,23 @@ def test_times_on_another_path_are_numbers_too():
         answer = moved.ask(x, tensor)
         assert answer.on_x != 0
         torch.testing.assert_close(answer.data(x), wanted, rtol=1e-12, atol=1e-12)
-    inside = on_path(exact, Karras())
+
+
+def test_what_is_kept_of_another_path_is_of_one_dtype_and_mode():
+    class Learns(Denoiser):
+        def __init__(self, path):
+            super().__init__(path)
+            self.weight = nn.Parameter(torch.ones((), dtype=F64))
+
+        def forward(self, x_t, t, cond=None):
+            seen.append(t.dtype)
+            return self.weight * t * x_t  # t is saved for the gradient
+
+    seen = []
+    moved, x = on_path(Learns(VP()), Karras()), numbers(5, 2)
     with torch.inference_mode():
-        inside(x, 0.5)
-    weight = torch.ones((), dtype=F64, requires_grad=True)
-    (inside(x * weight, 0.5).sum()).backward()  # nothing kept is of inference mode
-    assert weight.grad is not None
+        moved(x, 0.5)
+    moved(x, 0.5).sum().backward()
+    assert moved.source.weight.grad is not None
+    moved(x.float(), 0.5)
+    assert seen == [F64, F64, torch.float32]

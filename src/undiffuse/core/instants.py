@@ -19,25 +19,34 @@ _NAME = "_undiffuse_instant"
 
 
 class Instant(NamedTuple):
-    """A time as a number, and all times of its run, itself among them."""
+    """A time as a number, all times of its run, itself among them, and the version of the tensor that it is of."""
 
     number: float
     among: tuple[float, ...]
+    version: int | None = None
 
 
 def sent(times: Sequence[float], like: Tensor) -> dict[float, Tensor]:
     """Each time as a scalar on the device of `like`, of `as_time`'s dtype, its number known."""
     among = tuple(times)
-    found = dict(zip(among, as_time(torch.tensor(among, dtype=torch.float64), like).unbind()))
+    found = dict(zip(among, as_time(torch.tensor(among, dtype=torch.float64, device="cpu"), like).unbind()))
     for number, scalar in found.items():
-        setattr(scalar, _NAME, Instant(number, among))
+        setattr(scalar, _NAME, Instant(number, among, None if scalar.is_inference() else scalar._version))
     return found
 
 
 def known(t: Tensor | float) -> Instant | None:
-    """The number of a time that is one, or that `sent` sent; else None, as where code is compiled for any time."""
+    """The number of a time that is one, or that `sent` sent and nobody changed, or asks a gradient of; else None.
+
+    None too where code is compiled, which is for any time.
+    """
     if torch.compiler.is_compiling():
         return None
     if isinstance(t, Tensor):
-        return getattr(t, _NAME, None)
-    return Instant(float(t), (float(t),))
+        found: Instant | None = getattr(t, _NAME, None)
+        changed = found is not None and found.version is not None and found.version != t._version
+        return None if changed or t.requires_grad else found
+    if not isinstance(t, int | float):
+        return None
+    number = float(t)
+    return Instant(number, (number,))

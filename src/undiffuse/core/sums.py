@@ -61,7 +61,7 @@ def combine(x: Event, a: float, d: Event, b: float, *, spend: bool = False) -> E
     """`a x + b d`, in one pass over memory where a is 0 or 1, a + b = 1 (every path with alpha = 1, and Linear), or x
     is large.
 
-    A term of weight 0 is left out, whatever its tensor.
+    x is left out where a is 0, whatever is in it, but not where d is spent.
 
     `spend`: d is the caller's own, and is overwritten.
     """

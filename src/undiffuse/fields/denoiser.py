@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.instants import Instant, known, sent
+from undiffuse.core.instants import known, sent
 from undiffuse.core.shapes import as_time, pad_to
 from undiffuse.core.sums import combine
 from undiffuse.fields import prediction as predictions
@@ -48,6 +49,28 @@ class Answer(NamedTuple):
     def data(self, x_t: Event) -> Event:
         """`E[x_0 | x_t]`."""
         return self.output if self.on_x == 0 and self.on_output == 1 else self.plus(x_t, 0.0, 1.0)
+
+
+class _AsWritten:
+    """Whether a module's methods of these names are what they are now: not overridden, nor replaced, here or there."""
+
+    def __init__(self, kind: type[nn.Module], *names: str):
+        self.names, self.methods = names, attrgetter(*names)
+        self.written = self.methods(kind)
+
+    def __call__(self, module: nn.Module) -> bool:
+        return self.methods(type(module)) == self.written and vars(module).keys().isdisjoint(self.names)
+
+
+def _only_called(module: nn.Module) -> bool:
+    """Whether a call is but a call: nothing hooked, nothing compiled."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+    )
 
 
 class Denoiser(nn.Module):
@@ -88,10 +111,6 @@ class Denoiser(nn.Module):
         """`E[x_0 | x_t]` as a sum, where the model makes it of x_t and of one tensor by numbers."""
         return Answer(self(x_t, t, cond))
 
-    def _answers_as(self, kind: type[Denoiser]) -> bool:
-        """Whether E[x_0] is what that class says: a subclass, or a hook, may have its own idea of it."""
-        return type(self).forward is kind.forward and not (self._forward_hooks or self._forward_pre_hooks)
-
     def noise(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         """`E[eps | x_t]`."""
         return self.estimate(x_t, t, cond)[1]
@@ -126,6 +145,10 @@ class NetworkDenoiser(Denoiser):
         ArgumentError: unknown prediction; sigma_data <= 0; a network that returns another shape.
     """
 
+    # What the coefficients were computed for, and they, by time; the net that is known not to write into its input.
+    _kept: tuple[tuple, dict[float, Coefficients[float]]] = ((), {})
+    _only_reads: nn.Module | None = None
+
     def __init__(self, net: nn.Module, path: Path, prediction: str | Prediction = "noise", sigma_data: float = 0.5):
         super().__init__(path)
         if not sigma_data > 0:
@@ -133,64 +156,88 @@ class NetworkDenoiser(Denoiser):
         self.net = net
         self.prediction = predictions.get(prediction)
         self.sigma_data = sigma_data
-        self._kept: tuple[tuple, dict[float, Coefficients[float]]] = (), {}
 
-    def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients]:
-        """The network's output F and the coefficients that give it its meaning; what objectives regress.
-
-        The coefficients are numbers where the time is one, or a solver's, whose number is known.
-        """
-        c = self._numbers(known(t)) or self._coefficients(as_time(t, x_t))
-        return self._called(x_t, c, cond), c
-
-    def _called(self, x_t: Event, c: Coefficients, cond: Cond) -> Event:
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
-        x_in = c.scaled(x_t)
-        before = x_t._version if x_in is x_t and not x_t.is_inference() else None
-        output = self.net(x_in if x_in.dtype == dtype else x_in.to(dtype), c.labels(x_t), cond)
-        if output.shape != x_t.shape:
-            raise ArgumentError(
-                f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x_t.shape)}: expected the same"
-            )
-        if before is not None and x_t._version != before:
-            raise ArgumentError("the network changes its input in place, and x is still needed: let it work on a copy")
-        return output if output.dtype == x_t.dtype else output.to(x_t.dtype)
+    def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients[Tensor]]:
+        """The network's output F and the coefficients that give it its meaning; what objectives regress."""
+        c = self._coefficients(as_time(t, x_t))
+        return self._called(self.net, c.scaled(x_t), x_t, c, cond), c
 
     def _coefficients(self, time: Tensor) -> Coefficients[Tensor]:
         return self.prediction.coefficients(self.path, self.prediction.reach(self.path, time), self.sigma_data)
 
-    def _numbers(self, instant: Instant | None) -> Coefficients[float] | None:
-        """The coefficients as numbers, where that of the time is known and the path has nothing to learn."""
-        if instant is None or not is_value(self.path):
+    def _called(self, net: nn.Module, x_in: Event, x_t: Event, c: Coefficients, cond: Cond) -> Event:
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), x_t.dtype)
+        output = net(x_in if x_in.dtype == dtype else x_in.to(dtype), c.labels(x_t), cond)
+        if output.shape != x_t.shape:
+            raise ArgumentError(
+                f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x_t.shape)}: expected the same"
+            )
+        return output if output.dtype == x_t.dtype else output.to(x_t.dtype)
+
+    def _numbers(self, t: Time) -> Coefficients[float] | None:
+        """The coefficients as numbers, where that of the time is known and nothing in them can change."""
+        instant = known(t)
+        values = is_value(self.path) and self.prediction.value and isinstance(self.sigma_data, int | float)
+        if instant is None or not (values and _READ(self)):
             return None
         of = self.path, self.prediction, instant.among, self.sigma_data
-        if self._kept[0] != of:
-            self._kept = of, predictions.numbers(*of)
-        return self._kept[1][instant.number]
+        kept = self._kept
+        if kept[0] != of:
+            kept = self._kept = of, predictions.numbers(*of)
+        return kept[1][instant.number]
+
+    def _read(self, x_t: Event, c: Coefficients[float], cond: Cond) -> Event:
+        """F, by numbers."""
+        net = self.net
+        counted = not (x_t.is_inference() or torch.is_inference_mode_enabled())  # its changes are
+        if c.c_in != 1 or x_t.requires_grad or not x_t.is_contiguous() or not counted:
+            return self._called(net, c.scaled(x_t), x_t, c, cond)
+        # x as it is, unless the network writes into what it is given, as its first call on a copy has told.
+        x_in = x_t if self._only_reads is net else x_t.clone()
+        before = x_in._version
+        output = self._called(net, x_in, x_t, c, cond)
+        if x_in._version == before:
+            self.__dict__["_only_reads"] = net
+        elif x_in is x_t:
+            raise ArgumentError("the network has begun to change its input in place, x is lost: let it work on a copy")
+        return output
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        c = self._numbers(t)
+        if c is not None:
+            return c.data(self._read(x_t, c, cond), x_t)
         output, c = self.output(x_t, t, cond)
         return c.data(output, x_t)
 
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
-        c = self._numbers(known(t))
+        c = self._numbers(t)
         # Where F is E[x_0] a solver may keep it.
-        if c is None or c.c_skip == 0 or not self._answers_as(NetworkDenoiser):
+        if c is None or c.c_skip == 0 or not (_ASKED(self) and _only_called(self)):
             return super().ask(x_t, t, cond)
-        return Answer(self._called(x_t, c, cond), c.c_skip, c.c_out)
+        return Answer(self._read(x_t, c, cond), c.c_skip, c.c_out)
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
+        c = self._numbers(t)
+        if c is not None:
+            output = self._read(x_t, c, cond)
+            return c.data(output, x_t), c.noise(output, x_t)
         output, c = self.output(x_t, t, cond)
         return c.data(output, x_t), c.noise(output, x_t)
+
+
+_READ = _AsWritten(NetworkDenoiser, "output", "_coefficients")
+_ASKED = _AsWritten(NetworkDenoiser, "forward", "__call__")
 
 
 class OnPath(Denoiser):
     """A denoiser trained on one path, asked on another (Prop. 6.3.3): `D(x, t) = D_source(x / c, tau)`."""
 
+    # What times and scales were computed for, and they, by time.
+    _kept: tuple[tuple, dict[float, tuple[Tensor, float]]] = ((), {})
+
     def __init__(self, source: Denoiser, path: Path):
         super().__init__(path)
         self.source = source
-        self._kept: tuple[tuple, dict[float, tuple[Tensor, float]]] = (), {}
 
     @property
     def t_low(self) -> float:
@@ -212,11 +259,13 @@ class OnPath(Denoiser):
         if instant is None or not all(map(is_value, paths)):
             return None
         of = *paths, instant.among, x_t.dtype, x_t.device, torch.is_inference_mode_enabled()
-        if self._kept[0] != of:
-            tau, scale = change_of_path(*paths, torch.tensor(instant.among, dtype=torch.float64))
-            there = sent(tau.tolist(), x_t)
-            self._kept = of, {at: (there[to], c) for at, to, c in zip(instant.among, tau.tolist(), scale.tolist())}
-        return self._kept[1][instant.number]
+        kept = self._kept
+        if kept[0] != of:
+            times = torch.tensor(instant.among, dtype=torch.float64, device="cpu")
+            tau, scale = (part.tolist() for part in change_of_path(*paths, times))
+            there = sent(tau, x_t)
+            kept = self._kept = of, {at: (there[to], c) for at, to, c in zip(instant.among, tau, scale)}
+        return kept[1][instant.number]
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         x_tau, tau = self._moved(x_t, t)
@@ -224,7 +273,7 @@ class OnPath(Denoiser):
 
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
         known_move = self._known_move(x_t, t)
-        if known_move is None or not self._answers_as(OnPath):
+        if known_move is None or not (_MOVED(self) and _only_called(self)):
             return super().ask(x_t, t, cond)
         x_tau, tau = self._moved(x_t, t)
         answer = self.source.ask(x_tau, tau, cond)
@@ -233,6 +282,9 @@ class OnPath(Denoiser):
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         x_tau, tau = self._moved(x_t, t)
         return self.source.estimate(x_tau, tau, cond)
+
+
+_MOVED = _AsWritten(OnPath, "forward", "__call__", "_moved")
 
 
 def on_path(denoiser: Denoiser, path: Path) -> Denoiser:

@@ -10,7 +10,7 @@ The regression target of training is the same line read from right to left.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -45,10 +45,8 @@ class Coefficients(Generic[Number]):
     c_noise: Number
 
     def scaled(self, x_t: Event) -> Event:
-        """`c_in x_t`, x_t itself where c_in is the number 1."""
-        if isinstance(self.c_in, Tensor):
-            return pad_to(self.c_in, x_t) * x_t
-        return x_t if self.c_in == 1 else x_t * self.c_in
+        """`c_in x_t`."""
+        return (pad_to(self.c_in, x_t) if isinstance(self.c_in, Tensor) else self.c_in) * x_t
 
     def labels(self, x_t: Event) -> Float[Tensor, " b"]:
         """`c_noise` of each sample."""
@@ -87,6 +85,8 @@ class Prediction:
         scale_in: (path, t, sigma_data) -> c_in.
         label: (path, t) -> c_noise.
         needs_signal: F says nothing of x_0 where alpha = 0.
+        value: the three functions are those of the time alone, entry by entry, for good: what they say may be computed
+            once for a run. Not where they learn, or choose by single times.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Prediction:
     scale_in: Callable[[Path, Tensor, float], Tensor] = lambda path, t, sigma_data: path.input_scale(t)
     label: Callable[[Path, Tensor], Tensor] = lambda path, t: path.noise_label(t)
     needs_signal: bool = False
+    value: bool = False
 
     def coefficients(self, path: Path, t: Time, sigma_data: float = 0.5) -> Coefficients[Tensor]:
         """All coefficients at `t`. Where sigma is 0 the clean estimate is x_t / alpha, whatever the prediction."""
@@ -122,7 +123,7 @@ def numbers(
     path: Path, prediction: Prediction, times: tuple[float, ...], sigma_data: float
 ) -> dict[float, Coefficients[float]]:
     """The coefficients by time, computed in float64."""
-    t = prediction.reach(path, torch.tensor(times, dtype=torch.float64))
+    t = prediction.reach(path, torch.tensor(times, dtype=torch.float64, device="cpu"))
     found = prediction.coefficients(path, t, sigma_data)
     rows = torch.stack([getattr(found, entry.name) for entry in fields(Coefficients)], dim=1)
     return {time: Coefficients(*row) for time, row in zip(times, rows.tolist())}
@@ -149,7 +150,7 @@ def _edm_label(path: Path, t: Tensor) -> Tensor:
 
 
 PREDICTIONS: dict[str, Prediction] = {
-    p.name: p
+    p.name: replace(p, value=True)
     for p in (
         Prediction("data", lambda path, t, _: (torch.ones_like(t), torch.zeros_like(t))),
         Prediction("noise", lambda path, t, _: (torch.zeros_like(t), torch.ones_like(t)), needs_signal=True),

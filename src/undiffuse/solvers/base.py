@@ -137,13 +137,15 @@ class Bound:
     def __call__(self, x: Event, t: Tensor | float) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self._count_all()
-        denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
-        self._last = x, Answer(denoised)
+        self.denoised = denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
         return denoised
 
     def ask(self, x: Event, t: Tensor | float) -> Answer:
         """`E[x_0 | x_t]` as a sum, to be used before the next call."""
+        if not isinstance(self.field, Denoiser):  # a compiled one, say
+            return Answer(self(x, t))
         self._count_all()
+        self._last = None
         answer = self.field.ask(x, self._time(t, x), self.cond)
         output = self._checked(answer.output, x)
         answer = answer if output is answer.output else answer._replace(output=output)
@@ -152,12 +154,17 @@ class Bound:
 
     @property
     def denoised(self) -> Tensor | None:
-        """The last answer for the whole batch."""
+        """The last answer for the whole batch, added up when it is asked for."""
         return None if self._last is None else self._last[1].data(self._last[0])
 
-    def tell(self, denoised: Tensor) -> None:
-        """What is to be taken for the last answer."""
+    @denoised.setter
+    def denoised(self, denoised: Tensor) -> None:
         self._last = denoised, Answer(denoised)
+
+    def _settle(self) -> None:
+        """Add the last answer up before its output may be overwritten."""
+        if self._last is not None and self._last[1].on_x != 0:
+            self.denoised = self._last[1].data(self._last[0])
 
     def _count_all(self) -> None:
         self.calls += 1
@@ -190,10 +197,12 @@ class Bound:
 
     def answer(self, x: Float[Tensor, "n *event"], t: Float[Tensor, " n"], rows: Tensor) -> Tensor:
         """As `at`, not counted: for parts of what one `count` has counted."""
+        self._settle()
         return self._checked(self.field(x, as_time(t, x), rows_of(self.cond, rows)), x)
 
     def estimate(self, x: Event, t: Float[Tensor, " n"], rows: Tensor) -> tuple[Event, Event]:
         """`(E[x_0 | x_t], E[eps | x_t])`, otherwise as `at`."""
+        self._settle()
         self.count(rows)
         x_0, noise = self.field.estimate(x, as_time(t, x), rows_of(self.cond, rows))
         return self._checked(x_0, x), self._checked(noise, x)
@@ -216,6 +225,7 @@ class Bound:
 
     def score(self, x: Event, t: Tensor) -> Event:
         """`grad log p_t(x)`, for correctors; counted as a call."""
+        self._settle()
         self.calls += 1
         return self.field.score(x, self._time(t, x), self.cond).to(x.dtype)
 
@@ -281,8 +291,7 @@ class StreamNoise:
 
 def ask(field: Field, x: Event, t: Tensor | float) -> Answer:
     """`E[x_0 | x_t]` as a sum, where the field knows it as one; to be used before the next call."""
-    known = getattr(field, "ask", None)
-    return known(x, t) if known is not None else Answer(field(x, t))
+    return field.ask(x, t) if isinstance(field, Bound | Denoiser) else Answer(field(x, t))
 
 
 def scales(field: Field, t: Tensor | float) -> tuple[float, float]:

@@ -173,5 +173,5 @@ class Adaptive(Solver):
         if closed:
             denoised = field(x, torch.tensor(stop, dtype=torch.float64))
             x = denoised * float(path.alpha(s))
-        field.tell(denoised)
+        field.denoised = denoised
         return x, (x, solution.slope, solution.step)

@@ -151,7 +151,8 @@ def integrate(
         if corrector is not None and scales(run, s)[1] > 0:
             x = corrector.correct(run, x, s, draw)
         if callback is not None:
-            callback(Step(index, float(t), float(s), x, run.denoised if run.denoised is not None else x, run.calls))
+            denoised = run.denoised
+            callback(Step(index, float(t), float(s), x, x if denoised is None else denoised, run.calls))
     return x
 
 

@@ -99,7 +99,11 @@ class RungeKutta(Solver):
         answer, start, end = ask(field, x, t), float(t), float(s)
         if scales(field, end)[1] == 0:
             return self.last_step(field, x, answer, t, s), state
-        h, stage, weights, time = end - start, x, (1.0,), start
+        h = end - start
+        if not self.rows:  # one stage, in short
+            p, q = velocity_coefficients(field, start)
+            return answer.plus(x, 1 + h * self.weights[0] * p, h * self.weights[0] * q), state
+        stage, weights, time = x, (1.0,), start
         answers: list[Event] = []
         velocities: list[Row] = []
         for node, row in zip((*self.nodes[1:], None), (*self.rows, self.weights)):
@@ -141,13 +145,6 @@ class Euler(RungeKutta):
     nodes: ClassVar[Row] = (0.0,)
     rows: ClassVar[tuple[Row, ...]] = ()
     weights: ClassVar[Row] = (1.0,)
-
-    def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
-        answer, start, end = ask(field, x, t), float(t), float(s)
-        if scales(field, end)[1] == 0:
-            return self.last_step(field, x, answer, t, s), state
-        h, (p, q) = self.weights[0] * (end - start), velocity_coefficients(field, start)
-        return answer.plus(x, 1 + h * p, h * q), state
 
 
 @dataclass(frozen=True)
