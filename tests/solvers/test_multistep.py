@@ -237,6 +237,16 @@ def test_a_step_follows_as_many_evaluations_as_told_the_newest():
     assert float((usual - states[4])[2:4].abs().min()) > 1e-2
 
 
+def test_what_is_a_miss_is_told_by_the_newest_evaluations():
+    """Large ones that are past make no allowance: the sixth misses the line of those before by 2 of 3."""
+    field, times = scripted([[100.0, 100.0, 1.0, 1.0, 1.0, 3.0, 3.0]])
+    careful = walked(CAREFUL, field, times, 6, numbers(1, 1))
+    one, state, bound = replace(CAREFUL, points=1, miss=None), None, Bound(field)
+    for i in range(6):
+        x, state = one.step(bound, careful[i], times[i], times[i + 1], state, None)
+    assert torch.allclose(x, careful[6], rtol=1e-12, atol=1e-12)
+
+
 def test_what_was_predicted_with_care_is_corrected_as_ever():
     """Answers do not heed x, so the corrected states are those of a run that follows all; so is the step from them."""
     careful = replace(CAREFUL, corrector=True)
