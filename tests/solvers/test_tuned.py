@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from undiffuse.core.errors import ArgumentError, CheckpointError, SamplingError
 from undiffuse.fields import Denoiser, NetworkDenoiser
 from undiffuse.oracles import Empirical, GaussianMixture
 from undiffuse.paths import VP, Karras, Linear
-from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample, tune, tuning
+from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample, tune
 from undiffuse.solvers.descent import descend
 from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.tuning import _times
@@ -93,17 +92,6 @@ def test_of_two_beginnings_the_better_fit_is_kept(tuned):
     assert [step.done for step in fits] == sorted(step.done for step in fits)
     assert fits[-1].total == 120
     assert fits[-1].error < min(step.error for step in fits if step.done <= 60)
-
-
-@pytest.mark.parametrize(("far", "floor"), [(1.5, 0.1), (100.0, 1.0)])
-def test_errors_that_are_small_beside_the_larger_ones_count_as_none(far, floor, monkeypatch):
-    """In units of the median: a tenth, or a hundredth of the 95th percentile; what hardly any reach says nothing."""
-    distances = torch.tensor([2.0] * 90 + [2.0 * far] * 9 + [1e6], dtype=F64)
-    monkeypatch.setattr(tuning, "_distances", lambda *given: distances)
-    form = SimpleNamespace(zero=torch.zeros(1))
-    goal = tuning._Goal(ring().denoiser(Linear()), form, None, None, 1)
-    assert goal.unit == 2
-    assert goal.floor == pytest.approx(floor)
 
 
 def test_a_grid_on_which_the_start_fails_is_left_out():

@@ -27,9 +27,9 @@ LEAST = 32
 # Angles are moved in their square root, where grids of few steps are nearly equal; so much of the whole, at least, lies
 # between two of them at the beginning.
 _POWER, _APART = 0.5, 1e-3
-# Below so much of the start's median error, and of its 95th percentile, an error counts as none. So fits end sooner,
-# and the largest errors are smaller: where most trajectories are easy it is the others that are fitted.
-_FLOOR, _TAIL = 0.1, 0.01
+# Below so much of the start's median error an error counts as none. With a tenth of it fits end sooner, and the largest
+# errors are smaller.
+_FLOOR = 0.1
 # Held-out error is looked at after so many steps, and must fall by this much within so many looks.
 _EVERY, _FALL, _LOOKS = 5, 2e-3, 6
 
@@ -224,10 +224,7 @@ def _times(path: Path, angles: Tensor) -> Tensor:
 
 
 class _Goal:
-    """What falls: `0.5 mean log(d^2 / unit^2 + floor^2)`, the unit the first start's median d on held-out noises.
-
-    The floor is by the same d, see `_FLOOR`.
-    """
+    """What falls: `0.5 mean log(d^2 / unit^2 + floor^2)`, the unit the first start's median d on held-out noises."""
 
     def __init__(self, denoiser: Denoiser, first: _Form, fitted: Ends, held: Ends, batch: int):
         self.denoiser, self.fitted, self.held, self.batch = denoiser, fitted, held, batch
@@ -235,11 +232,10 @@ class _Goal:
         self.unit = float(before.median())
         if not (math.isfinite(self.unit) and self.unit > 0):
             raise SamplingError(f"the start's median error is {self.unit:g}: there is nothing to be tuned")
-        self.floor = max(_FLOOR, _TAIL * float(before.quantile(0.95)) / self.unit)
         self.before = float(self._of(before.square()).mean())
 
     def _of(self, d_squared: Tensor) -> Tensor:
-        return 0.5 * torch.log(d_squared / self.unit**2 + self.floor**2)
+        return 0.5 * torch.log(d_squared / self.unit**2 + _FLOOR**2)
 
     def on_held(self, form: _Form, z: Tensor) -> float:
         value = float(self._of(_distances(self.denoiser, form, z, self.held, self.batch).square()).mean())
