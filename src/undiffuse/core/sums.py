@@ -11,7 +11,7 @@ from torch import Tensor
 Event = Float[Tensor, "b *event"]
 
 # Rounding of three float64 operations; below it a + b is 1.
-_UNIT = 4 * torch.finfo(torch.float64).eps
+UNIT = 4 * torch.finfo(torch.float64).eps
 
 
 # From this many numbers on memory is what a sum waits for, and fewer passes pay. Measured in float32 on a CPU with 1 MB
@@ -65,12 +65,12 @@ def combine(x: Event, a: float, d: Event, b: float, *, spend: bool = False) -> E
 
     `spend`: d is the caller's own, and is overwritten.
     """
-    whole = abs(a + b - 1) <= _UNIT
+    whole = abs(a + b - 1) <= UNIT
     if spend:
         return d.lerp_(x, a) if whole else d.mul_(b).add_(x, alpha=a)
     if a == 0:
         return d * b
-    if abs(a - 1) <= _UNIT:
+    if abs(a - 1) <= UNIT:
         return torch.add(x, d, alpha=b)
     if whole and (x.numel() < _LARGE or x.device.type != "cpu" or torch.is_grad_enabled()):
         return torch.lerp(d, x, a)

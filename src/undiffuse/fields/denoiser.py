@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.instants import known, sent
 from undiffuse.core.shapes import as_time, pad_to
-from undiffuse.core.sums import combine
+from undiffuse.core.sums import UNIT, combine
 from undiffuse.fields import prediction as predictions
 from undiffuse.fields.prediction import Coefficients, Prediction
 from undiffuse.paths import Path, change_of_path, is_value
@@ -21,9 +21,6 @@ from undiffuse.paths import Path, change_of_path, is_value
 Event = Float[Tensor, "b *event"]
 Time = Float[Tensor, ""] | Float[Tensor, " b"] | float
 Cond = Tensor | dict[str, Tensor] | None
-
-# Rounding of three float64 operations, relative.
-_UNIT = 4 * torch.finfo(torch.float64).eps
 
 
 class Answer(NamedTuple):
@@ -39,7 +36,7 @@ class Answer(NamedTuple):
     def weights(self, a: float, b: float) -> tuple[float, float]:
         """Of x_t and of the output in `a x_t + b E[x_0 | x_t]`."""
         on_x = a + b * self.on_x
-        return (0.0 if abs(on_x) <= _UNIT * abs(a) else on_x), b * self.on_output
+        return (0.0 if abs(on_x) <= UNIT * abs(a) else on_x), b * self.on_output
 
     def plus(self, x_t: Event, a: float, b: float) -> Event:
         """`a x_t + b E[x_0 | x_t]`."""
