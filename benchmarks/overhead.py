@@ -4,11 +4,12 @@
     python benchmarks/overhead.py --methods euler 2m --shapes 1,4,64,64 --threads 2
 
 The network returns a stored float32 tensor, read as whatever each library asks of it: nothing is converted for
-anybody. A run is a whole call: its grid or `set_timesteps`, its steps, its end; its time is divided by its steps. All
-rows of a method run in turn, round after round; medians, in microseconds of the processor on one thread, of the wall
-on more. "least" is the fewest fused passes that the method needs: every tensor of a step read once where it is used
-and written once, `tensors` in all, at the speed of `torch.add(a, b, out=c)`, which moves 3, timed in the same rounds
-over buffers that take turns as x does. As the stored tensor is one for all calls, caches flatter all rows alike.
+anybody, but in our rows with a network, where `NetworkDenoiser` calls one and reads E[x_0] from what it says. A run
+is a whole call: its grid or `set_timesteps`, its steps, its end; its time is divided by its steps. All rows of a
+method run in turn, round after round; medians, in microseconds of the processor on one thread, of the wall on more.
+"least" is the fewest fused passes that the method needs: every tensor of a step read once where it is used and
+written once, `tensors` in all, at the speed of `torch.add(a, b, out=c)`, which moves 3, timed in the same rounds over
+buffers that take turns as x does. As the stored tensor is one for all calls, caches flatter all rows alike.
 k-diffusion is taken from an installation or from --k-diffusion FOLDER (git clone
 https://github.com/crowsonkb/k-diffusion); what is not installed is left out, with a line that says so.
 """

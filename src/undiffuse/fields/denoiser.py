@@ -199,11 +199,13 @@ class NetworkDenoiser(Denoiser):
             raise ArgumentError("the network has begun to change its input in place, x is lost: let it work on a copy")
         return output
 
-    def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+    def _said(self, x_t: Event, t: Time, cond: Cond) -> tuple[Event, Coefficients]:
+        """`output`, by numbers where they are known."""
         c = self._numbers(t)
-        if c is not None:
-            return c.data(self._read(x_t, c, cond), x_t)
-        output, c = self.output(x_t, t, cond)
+        return self.output(x_t, t, cond) if c is None else (self._read(x_t, c, cond), c)
+
+    def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
+        output, c = self._said(x_t, t, cond)
         return c.data(output, x_t)
 
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
@@ -214,11 +216,7 @@ class NetworkDenoiser(Denoiser):
         return Answer(self._read(x_t, c, cond), c.c_skip, c.c_out)
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
-        c = self._numbers(t)
-        if c is not None:
-            output = self._read(x_t, c, cond)
-            return c.data(output, x_t), c.noise(output, x_t)
-        output, c = self.output(x_t, t, cond)
+        output, c = self._said(x_t, t, cond)
         return c.data(output, x_t), c.noise(output, x_t)
 
 
@@ -243,15 +241,14 @@ class OnPath(Denoiser):
         return self.path.t_min if self.source.t_low == self.source.path.t_min else mapped
 
     def _moved(self, x_t: Event, t: Time) -> tuple[Event, Tensor]:
-        known_move = self._known_move(x_t, t)
-        if known_move is not None:
-            tau, scale = known_move
-            return (x_t if scale == 1 else x_t / scale), tau
+        move = self._known_move(x_t, t)
+        if move is not None:
+            return move[:2]
         tau, scale = change_of_path(self.source.path, self.path, as_time(t, x_t))
         return x_t / pad_to(scale, x_t), tau
 
-    def _known_move(self, x_t: Event, t: Time) -> tuple[Tensor, float] | None:
-        """tau and c of a time whose number is known, on paths that have nothing to learn: once for a run."""
+    def _known_move(self, x_t: Event, t: Time) -> tuple[Event, Tensor, float] | None:
+        """x / c, tau and c of a time whose number is known, on paths that have nothing to learn: once for a run."""
         instant, paths = known(t), (self.source.path, self.path)
         if instant is None or not all(map(is_value, paths)):
             return None
@@ -259,22 +256,23 @@ class OnPath(Denoiser):
         kept = self._kept
         if kept[0] != of:
             times = torch.tensor(instant.among, dtype=torch.float64, device="cpu")
-            tau, scale = (part.tolist() for part in change_of_path(*paths, times))
-            there = sent(tau, x_t)
-            kept = self._kept = of, {at: (there[to], c) for at, to, c in zip(instant.among, tau, scale)}
-        return kept[1][instant.number]
+            places, scales = (part.tolist() for part in change_of_path(*paths, times))
+            there = sent(places, x_t)
+            kept = self._kept = of, {at: (there[tau], c) for at, tau, c in zip(instant.among, places, scales)}
+        tau, scale = kept[1][instant.number]
+        return (x_t if scale == 1 else x_t / scale), tau, scale
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         x_tau, tau = self._moved(x_t, t)
         return self.source(x_tau, tau, cond)
 
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
-        known_move = self._known_move(x_t, t)
-        if known_move is None or not (_MOVED(self) and _only_called(self)):
+        move = self._known_move(x_t, t) if _MOVED(self) and _only_called(self) else None
+        if move is None:
             return super().ask(x_t, t, cond)
-        x_tau, tau = self._moved(x_t, t)
+        x_tau, tau, scale = move
         answer = self.source.ask(x_tau, tau, cond)
-        return answer._replace(on_x=answer.on_x / known_move[1])
+        return answer._replace(on_x=answer.on_x / scale)
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         x_tau, tau = self._moved(x_t, t)
