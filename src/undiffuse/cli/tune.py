@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from undiffuse.solvers import OptimisedGrid, Tuned
 
 GRID = "grid"
-WORDS = {"reference": ("true ends", "noises"), "fit": ("fitting", "steps"), "measure": ("measuring", "runs")}
+WORDS = {"reference": ("true ends", "noises"), "fit": ("fitting", "grids"), "measure": ("measuring", "runs")}
 
 
 def tune(
@@ -30,7 +30,7 @@ def tune(
     n: Annotated[
         int | None,
         typer.Option(
-            "--n", help="Noises: half fitted, a quarter to stop by, a quarter measured. Default: 512; of a grid 96."
+            "--n", help="Noises: half fitted, a quarter to choose by, a quarter measured. Default: 512; of a grid 96."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
@@ -44,7 +44,7 @@ def tune(
     ] = None,
     reference: Annotated[int, typer.Option(help="Steps of abm-4 that make the true ends.")] = 100,
     most_steps: Annotated[
-        int | None, typer.Option(help="Steps of each fit at most. Default: 300; of a grid 30.")
+        int | None, typer.Option(help="Grids tried of each fit at most. Default: 126; rounds with --only grid: 30.")
     ] = None,
     classifier: options.Classifier = None,
     classifier_scale: options.ClassifierScale = None,
@@ -58,7 +58,8 @@ def tune(
     """Fit a solver of few calls to a run: its grid and coefficients, from the run's own trajectories.
 
     Writes solvers/tuned-CALLS.safetensors in the run folder, used as: sample RUN --solver tuned-8. Stops when the error
-    on held-out noise stops falling, and prints it before and after on noise that was never seen. With --only grid the
+    stops falling, a third of the noises it is taken of not fitted, and prints it before and after on noise that was
+    never seen. With --only grid the
     solver stays as it is and solvers/optimised-STEPS.safetensors is written, used as: sample RUN --grid optimised-8.
 
     \b
@@ -81,7 +82,7 @@ def tune(
     if only is not None and grids is not None:
         raise ArgumentError(f"--grids {grids}: with --only grid the fit begins on the best named grid; leave it out")
     n = n if n is not None else 512 if only is None else 96
-    most_steps = most_steps if most_steps is not None else 300 if only is None else 30
+    most_steps = most_steps if most_steps is not None else 126 if only is None else 30
     if not 0 <= seed < 2**63 - n:
         raise ArgumentError(f"--seed {seed}: expected at least 0")
     guide = guide_of(classifier, classifier_scale)
@@ -112,7 +113,7 @@ def _tuned(model: Model, screen: Console, calls: int, **how: Any) -> Tuned:
     with screen.progress("true ends", "noises") as bar:
 
         def show(now: Progress) -> None:
-            note = f"held-out error {now.error:.3g} of the start's" if now.stage == "fit" else ""
+            note = f"error {now.error:.3g} of the start's" if now.stage == "fit" else ""
             bar.now(*WORDS[now.stage]).to(now.done, now.total, note=note)
 
         return fit(

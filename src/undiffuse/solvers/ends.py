@@ -42,16 +42,12 @@ class Ends:
         Raises:
             SamplingError: they are not finite.
         """
-        like = next((p for p in (*denoiser.parameters(), *denoiser.buffers()) if p.is_floating_point()), torch.empty(0))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        z = Streams.of(seed, n).normal((n, *event), dtype=dtype).to(like.device)
-        start = z * float(denoiser.path.sigma(torch.tensor(denoiser.path.t_max, dtype=torch.float64)))
-        whole, found = cls(start, start, placed(cond, n, like.device)), []
+        whole, found = noises(denoiser, event, cond, n, seed), []
         for part in whole.batches(batch):
             tell(sum(map(len, found)))
-            found.append(sample(denoiser, noise=part.start, steps=reference, cond=part.cond, device=z.device))
+            found.append(sample(denoiser, noise=part.start, steps=reference, cond=part.cond, device=part.start.device))
         tell(n)
-        return cls(start, torch.cat(found), whole.cond)
+        return cls(whole.start, torch.cat(found), whole.cond)
 
     def rows(self, low: int, high: int) -> Ends:
         which = torch.arange(low, min(high, len(self.x)))
@@ -64,6 +60,15 @@ class Ends:
         """Half to be fitted, a quarter to choose by, a quarter to be measured."""
         n = len(self.x)
         return self.rows(0, n // 2), self.rows(n // 2, 3 * n // 4), self.rows(3 * n // 4, n)
+
+
+def noises(denoiser: Denoiser, event: tuple[int, ...], cond: Cond, n: int, seed: int) -> Ends:
+    """The starts of n trajectories, which have not ended yet."""
+    like = next((p for p in (*denoiser.parameters(), *denoiser.buffers()) if p.is_floating_point()), torch.empty(0))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    z = Streams.of(seed, n).normal((n, *event), dtype=dtype).to(like.device)
+    start = z * float(denoiser.path.sigma(torch.tensor(denoiser.path.t_max, dtype=torch.float64)))
+    return Ends(start, start, placed(cond, n, like.device))
 
 
 def squares(x: Tensor) -> Float[Tensor, " b"]:

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.polynomial import legendre
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, SamplingError
-from undiffuse.core.shapes import pad_to
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Cond, Solver
 from undiffuse.solvers.comparing import OWN
-from undiffuse.solvers.descent import descend, whitening
+from undiffuse.solvers.curves import Curves
 from undiffuse.solvers.during import evaluating
-from undiffuse.solvers.ends import Ends, check_counts, relative, squares
+from undiffuse.solvers.ends import Ends, check_counts, noises, relative, squares
 from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.integrate import get_solver
+from undiffuse.solvers.sampling import sample
 from undiffuse.solvers.tuned import MOST_CALLS, Tuned, linear_table, prediction_of
 
 LEAST = 32
 # Angles are moved in their square root, where grids of few steps are nearly equal; so much of the whole, at least, lies
 # between two of them at the beginning.
 _POWER, _APART = 0.5, 1e-3
-# Below so much of the start's median error an error counts as none. With a tenth of it fits end sooner, and the largest
-# errors are smaller.
-_FLOOR = 0.1
-# Held-out error is looked at after so many steps, and must fall by this much within so many looks.
-_EVERY, _FALL, _LOOKS = 5, 2e-3, 6
+# A generation of grids, the best of it that say where the next one is, how far the first is spread, and the least that
+# a later one is. A search ends when the score has not fallen by this much in so many generations.
+_GENERATION, _BEST, _SPREAD, _NARROWEST, _FALL, _PATIENCE = 24, 6, 0.4, 0.02, 0.01, 2
+# Directions of a regression fainter than this, of the mean square, are rounding.
+_FAINT = 1e-14
+# Rounds of weighing the end's errors anew.
+_ROUNDS = 6
+
+# How many numbers move the angles.
+_NUMBERS = 4
+Point = Float[np.ndarray, " 4"]
 
 
 class Progress(NamedTuple):
@@ -39,8 +48,8 @@ class Progress(NamedTuple):
 
     Attributes:
         stage: "reference", "fit" or "measure".
-        done, total: how many noises or steps of it; fits may end before their total.
-        error: of the best so far as a share of the start's (geometric mean over held-out noises), of a fit.
+        done, total: how many noises or grids of it; fits may end before their total.
+        error: of the best so far as a share of the start's: RMS and median, as `tune` weighs them.
     """
 
     stage: str
@@ -61,37 +70,39 @@ def tune(
     grids: Sequence[str] = (OWN, "angle"),
     reference: int = 100,
     batch: int = 256,
-    most_steps: int = 300,
+    most_steps: int = 126,
     callback: Callable[[Progress], object] | None = None,
 ) -> Tuned:
-    """A solver of that many calls, fitted to the ends of n trajectories of this denoiser.
+    """A solver of that many calls, fitted to n trajectories of this denoiser, which is only called.
 
-    All numbers of a `Tuned` are fitted together, angles and weights, by L-BFGS through the run; the field is
-    differentiated by x and t. What falls is the mean of `log(d^2 + floor^2)`, d a trajectory's distance from its true
-    end: the few that end at another mode weigh little. There are many minima, and where a fit begins decides which is
-    found: it is made from each grid, and the one that does best on held-out noises is kept. Half of the noises are
-    fitted, a quarter says when to stop and which to keep, a quarter is only measured, before and after:
-    `solver.about` has `before` and `after`, each `rms` and `median` of d relative to the RMS length of the ends, and
-    `grid`, from which it came.
+    For given angles the weights of a `Tuned` follow by regression, row by row: of all sums of the start and the answers
+    so far, the one nearest to where the trajectories are at the next angle; at the end the few that went to another
+    mode weigh little. A search over four numbers moves the angles (cross-entropy method: each generation of grids lies
+    around the mean of the last one's best), once from each of `grids`, and stops when `RMS^2 median` of the ends'
+    errors stops falling. Half of the noises make the weights, they and a quarter more are scored, and in the end make
+    them again; a quarter is only measured, before and after: `solver.about` has `before` and `after`, each `rms` and
+    `median` of the distance to the true end relative to the RMS length of the ends, and `grid`, from which it came.
+
+    All curves are kept in memory: `reference + 1` states of n samples.
 
     Args:
-        denoiser: any denoiser that can be differentiated; guided ones too.
+        denoiser: any; guided ones too.
         event: the shape of its data.
         calls: 1 to 64.
         n: noises, at least 32.
         seed: of them.
         cond: for all n of them.
-        start: the solver, of as many steps as calls, whose numbers are changed.
-        grids: its times to begin with, one fit from each: "own", or names of grids. `before` is of the first.
-        reference: steps of the 'abm-4' that makes the true ends.
-        batch: trajectories at a time. One is differentiated through all calls at once, which takes memory.
-        most_steps: of each fit.
+        start: the solver, of as many steps as calls, that is to be improved; where nothing does, it is what comes back.
+        grids: its times to begin with, one search from each: "own", or names of grids. `before` is of the first.
+        reference: steps of the 'abm-4' that makes the true trajectories.
+        batch: trajectories at a time.
+        most_steps: grids tried of each search.
         callback: told of what is done.
 
     Raises:
         ArgumentError: an argument out of its range; a start that does not take `calls` calls in as many steps; no
-            grid, or an unknown one.
-        SamplingError: the reference, or the start's run, is not finite.
+            grid, or an unknown one; curves that do not fit into memory.
+        SamplingError: the reference, or the start's run, is not finite; the start has no error.
     """
     check_counts(
         calls=(calls, 1, MOST_CALLS),
@@ -102,23 +113,33 @@ def tune(
     )
     tell = callback or (lambda progress: None)
     tables = _tables(get_solver(start), grids, denoiser.path, calls, event)
-    with evaluating(denoiser):
-        ends = Ends.of(
-            denoiser, tuple(event), cond, n, seed, reference, batch, lambda done: tell(Progress("reference", done, n))
-        )
-        fitted, held, kept = ends.shared_out()
-        forms = _forms(tables, denoiser, fitted.rows(0, batch))
-        first = next(iter(forms.values()))
-        goal = _Goal(denoiser, first, fitted, held, batch)
-        fits: dict[str, _Fit] = {}
-        for name, form in forms.items():
-            fits[name] = _fit(form, goal, most_steps, _teller(tell, goal, list(fits.values()), len(forms), most_steps))
-        grid = min(fits, key=lambda name: fits[name].value)
-        ways = ((first, first.zero), (forms[grid], fits[grid].z))
-        errors = [relative(_distances(denoiser, form, z, kept, batch), kept) for form, z in ways]
+    first, *_ = tables.values()
+    scored = 3 * n // 4
+    with evaluating(denoiser), torch.no_grad():
+        starts = noises(denoiser, tuple(event), cond, n, seed)
+        curves = Curves.of(denoiser, starts, reference, batch, lambda done: tell(Progress("reference", done, n)))
+        before = _score(_distances(denoiser, first, curves.ends.rows(0, scored), batch))
+        if before == -math.inf:
+            raise SamplingError("the start has no error on half of the noises: there is nothing to be tuned")
+        regression = _Regression(denoiser, curves, n // 2, scored, batch)
+        best, solver, grid, tried = before, first, next(iter(tables)), 0
+        for k, (name, table) in enumerate(tables.items()):
+            places = _Places(denoiser, table.angles)
+
+            def told(count: int, least: float, done: int = k * most_steps, best: float = best) -> None:
+                error = math.exp(min(least, best) - before)
+                tell(Progress("fit", done + count, len(tables) * most_steps, error))
+
+            z, least, count = _search(lambda z, at=places: _score(regression(at(z))[1]), most_steps, seed, told)
+            if least < best:
+                best, grid, tried, angles = least, name, count, places(z)
+                weights = tuple(tuple(row.tolist()) for row in regression(angles, of_all=True)[0])
+                solver = replace(first, angles=tuple(angles), weights=weights)
+        kept = curves.ends.rows(scored, n)
+        errors = [relative(_distances(denoiser, made, kept, batch), kept) for made in (first, solver)]
     tell(Progress("measure", 1, 1))
-    made = {"n": n, "seed": seed, "start": str(start), "grid": grid, "steps": fits[grid].steps, "reference": reference}
-    solver = forms[grid].solver(fits[grid].z, prediction_of(denoiser))
+    solver = replace(solver, prediction=prediction_of(denoiser))
+    made = {"n": n, "seed": seed, "start": str(start), "grid": grid, "steps": tried, "reference": reference}
     return solver.with_about(**made, before=errors[0], after=errors[1])
 
 
@@ -138,161 +159,126 @@ def _tables(solver: Solver, grids: Sequence[str], path: Path, calls: int, event:
     return tables
 
 
-def _forms(tables: dict[str, Tuned], denoiser: Denoiser, ends: Ends) -> dict[str, _Form]:
-    """Where fits begin; without the grids, the first one apart, on which the start's run is not finite."""
-    forms: dict[str, _Form] = {}
-    for name, table in tables.items():
-        try:
-            forms[name] = _Form(table, denoiser, ends)
-        except SamplingError:
-            if not forms:
-                raise
-    return forms
-
-
 def _scales(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
     return path.alpha(t), path.sigma(t)
 
 
-class _Form:
-    """A table as a point z: 0 is the start.
+def _distances(denoiser: Denoiser, solver: Solver, ends: Ends, batch: int) -> Float[Tensor, " b"]:
+    """How far from their true ends the solver's are."""
+    far = []
+    for part in ends.batches(batch):
+        x = sample(denoiser, noise=part.start, solver=solver, cond=part.cond, device=part.start.device)
+        assert isinstance(x, Tensor)
+        far.append(squares(x - part.x).sqrt())
+    return torch.cat(far).cpu()
 
-    The weights of a call are moved in directions in which what is known at that call is uncorrelated and of size 1, by
-    the runs of `ends`; the gaps between the angles' square roots by their logarithms.
+
+def _score(distances: Tensor) -> float:
+    """`log(RMS^2 median) / 3`; infinite where there is no such number."""
+    value = float(distances.square().mean().log() + distances.median().log()) / 3
+    return math.inf if math.isnan(value) else value
+
+
+class _Places:
+    """Angles as a point z of four numbers; 0 is the start.
+
+    The first moves the logarithm of the first gap between the angles' square roots, the others those of the rest by
+    Legendre's polynomials of degree 1 to 3 in the number of the gap.
     """
 
-    def __init__(self, table: Tuned, denoiser: Denoiser, ends: Ends):
-        self.table, self.path, n = table, denoiser.path, table.calls
-        low = max(self.path.t_min, min(denoiser.t_low, self.path.t_max))
-        times = torch.tensor([self.path.t_max, low, self.path.t_min], dtype=torch.float64)
-        self.size = float(torch.hypot(*_scales(self.path, times[2])))
-        span = self.path.angle(times[:2]) ** _POWER
-        self.first, self.span = span[0], span[0] - span[1]
-        places = torch.cat([span[:1], torch.tensor(table.angles, dtype=torch.float64) ** _POWER, span[1:]])
-        self.gaps = (places[:-1] - places[1:]).clamp(min=_APART * float(self.span))
-        self.rows = [torch.tensor(row, dtype=torch.float64) for row in table.weights]
-        self.counts = [len(row) for row in self.rows]
-        self.zero = torch.zeros(sum(self.counts) + n + 1, dtype=torch.float64)
-        self.turns = [torch.eye(k, dtype=torch.float64) for k in self.counts]
-        known = run(denoiser, ends, *self(self.zero), self.size)[1]
-        flat = torch.stack(known).flatten(1).double().cpu()
-        if not bool(torch.isfinite(flat).all()):
-            raise SamplingError("the run that tuning starts from is not finite: check the weights and the condition")
-        gram = flat @ flat.T / flat.shape[1]
-        self.turns = [whitening(gram[:k, :k]) for k in self.counts]
+    def __init__(self, denoiser: Denoiser, angles: Sequence[float]):
+        path = denoiser.path
+        low = max(path.t_min, min(denoiser.t_low, path.t_max))
+        top, bottom = (path.angle(torch.tensor([path.t_max, low], dtype=torch.float64)) ** _POWER).numpy()
+        places = np.array([top, *np.array(angles) ** _POWER, bottom])
+        self.top, self.span = top, top - bottom
+        self.gaps = (places[:-1] - places[1:]).clip(min=_APART * self.span)
+        rest = legendre.legvander(np.linspace(-1, 1, len(angles)), _NUMBERS - 1)[:, 1:]
+        self.moves = np.zeros((len(self.gaps), _NUMBERS))
+        self.moves[0, 0], self.moves[1:, 1:] = 1, rest
 
-    def __call__(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Angles (n,), and weights row by row."""
-        *parts, moves = z.split([*self.counts, self.table.calls + 1])
-        gaps = self.gaps * torch.exp(moves)
-        places = self.first - self.span * gaps.cumsum(0)[:-1] / gaps.sum()
-        return places ** (1 / _POWER), [row + turn @ part for row, turn, part in zip(self.rows, self.turns, parts)]
-
-    def solver(self, z: Tensor, prediction: str | None) -> Tuned:
-        angles, rows = self(z)
-        table = self.table
-        weights = tuple(tuple(row.tolist()) for row in rows)
-        return Tuned(tuple(angles.tolist()), weights, table.profile, table.path, table.event, prediction)
+    def __call__(self, z: Point) -> list[float]:
+        gaps = self.gaps * np.exp(self.moves @ z)
+        places = self.top - self.span * gaps.cumsum()[:-1] / gaps.sum()
+        return (places ** (1 / _POWER)).tolist()
 
 
-def run(
-    denoiser: Denoiser, ends: Ends, angles: Tensor, rows: Sequence[Tensor], size: float
-) -> tuple[Tensor, list[Tensor]]:
-    """A table's end, and all that it was made of; differentiable by angles and weights. `size`: hypot at the end."""
-    start = torch.hypot(*_scales(denoiser.path, torch.tensor(denoiser.path.t_max, dtype=torch.float64)))
-    known = [y := ends.start / float(start)]
-    for psi, row in zip(_times(denoiser.path, angles), rows):
-        x = _sum(known, row) * pad_to(torch.hypot(*_scales(denoiser.path, psi)).to(y), y)
-        known.append(denoiser(x, psi.to(y), ends.cond).to(y.dtype))
-    return _sum(known, rows[-1]) * size, known
+class _Regression:
+    """Rows of a table for given angles, each the sum of what is known that is nearest to the curves."""
+
+    def __init__(self, denoiser: Denoiser, curves: Curves, fitted: int, scored: int, batch: int):
+        self.denoiser, self.curves, self.batch = denoiser, curves, batch
+        self.fitted, self.scored, self.ends = fitted, scored, curves.ends.rows(0, scored)
+        self.size = float(torch.hypot(*_scales(denoiser.path, torch.tensor(denoiser.path.t_min, dtype=torch.float64))))
+
+    def __call__(self, angles: Sequence[float], of_all: bool = False) -> tuple[list[Tensor], Float[Tensor, " b"]]:
+        """Rows, by the curves that are fitted or by all that are scored, and how far from their ends all are then."""
+        path, start = self.denoiser.path, self.curves.y[0, : self.scored]
+        some = (self.scored if of_all else self.fitted) * start[0].numel()
+        known = torch.empty(len(angles) + 1, start.numel(), dtype=torch.float64, device=start.device)
+        known[0] = start.flatten()
+        rows: list[Tensor] = []
+        times = path.time_of_angle(torch.tensor(angles, dtype=torch.float64)).clamp(path.t_min, path.t_max)
+        sizes = torch.hypot(*_scales(path, times)).tolist()
+        for k, (angle, time, size) in enumerate(zip(angles, times.tolist(), sizes), start=1):
+            goal = self.curves.at(angle)[: self.scored].flatten().double()
+            rows.append(_nearest(known[:k, :some], goal[:some]))
+            x = (size * (rows[-1] @ known[:k])).to(start).view_as(start)
+            known[k] = self._asked(x, time).flatten()
+        goal, weights = self.ends.x.flatten().double() / self.size, torch.ones_like(known[0])
+        for _ in range(_ROUNDS):
+            last = _nearest(known[:, :some], goal[:some], weights[:some])
+            far = squares((last @ known - goal).view_as(start))
+            weights = (1 / (far + far.median()).clamp(min=torch.finfo(far.dtype).tiny)).repeat_interleave(
+                start[0].numel()
+            )
+        return [*rows, last], self.size * far.sqrt().cpu()
+
+    def _asked(self, x: Tensor, time: float) -> Tensor:
+        parts = zip(x.split(self.batch), self.ends.batches(self.batch))
+        return torch.cat([self.denoiser(part, time, ends.cond) for part, ends in parts])
 
 
-def _sum(known: Sequence[Tensor], row: Tensor) -> Tensor:
-    return torch.einsum("j,j...->...", row.to(known[0]), torch.stack(list(known)))
+def _nearest(known: Tensor, goal: Tensor, weights: Tensor | None = None) -> Float[Tensor, " k"]:
+    """w with the least `|goal - sum_j w_j known_j|^2`, of those the shortest where several have it."""
+    weighed = known if weights is None else known * weights
+    gram, right = (weighed @ known.T).cpu(), (weighed @ goal).cpu()
+    unit = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    gram, right = gram * unit * unit[:, None], right * unit
+    if not bool(torch.isfinite(gram).all()):
+        return torch.full_like(goal[: len(gram)], math.nan)
+    found = torch.linalg.lstsq(gram, right[:, None], rcond=_FAINT, driver="gelsd").solution[:, 0]
+    return (found * unit).to(goal)
 
 
-def _times(path: Path, angles: Tensor) -> Tensor:
-    """Times of angles; `dt / dangle = (alpha^2 + sigma^2) / (alpha sigma' - sigma alpha')`, whatever the inverse is."""
-    t = path.time_of_angle(angles.detach()).clamp(path.t_min, path.t_max)
-    if not angles.requires_grad:
-        return t
-    with torch.no_grad():
-        alpha, sigma = _scales(path, t)
-        rate = (alpha.square() + sigma.square()) / path.omega(t)
-        rate = torch.where(torch.isfinite(rate), rate, 0.0)
-    return t + rate * (angles - angles.detach())
+def _search(
+    score: Callable[[Point], float], most: int, seed: int, tell: Callable[[int, float], object]
+) -> tuple[Point, float, int]:
+    """The point of the least score, that, and how many were tried, 0 first: the cross-entropy method.
 
+    Only the means of generations are candidates: what is best among many points is so by luck too.
+    """
+    random = np.random.default_rng(seed)
+    tried, least = 0, math.inf
 
-class _Goal:
-    """What falls: `0.5 mean log(d^2 / unit^2 + floor^2)`, the unit the first start's median d on held-out noises."""
+    def look(z: Point) -> float:
+        nonlocal tried
+        value = score(z)
+        tried += 1
+        tell(tried, least)
+        return value
 
-    def __init__(self, denoiser: Denoiser, first: _Form, fitted: Ends, held: Ends, batch: int):
-        self.denoiser, self.fitted, self.held, self.batch = denoiser, fitted, held, batch
-        before = _distances(denoiser, first, first.zero, held, batch)
-        self.unit = float(before.median())
-        if not (math.isfinite(self.unit) and self.unit > 0):
-            raise SamplingError(f"the start's median error is {self.unit:g}: there is nothing to be tuned")
-        self.before = float(self._of(before.square()).mean())
-
-    def _of(self, d_squared: Tensor) -> Tensor:
-        return 0.5 * torch.log(d_squared / self.unit**2 + _FLOOR**2)
-
-    def on_held(self, form: _Form, z: Tensor) -> float:
-        value = float(self._of(_distances(self.denoiser, form, z, self.held, self.batch).square()).mean())
-        return value if math.isfinite(value) else math.inf
-
-    def slope(self, form: _Form, z: Tensor) -> tuple[float, Tensor]:
-        """Its value and gradient on the fitted noises; infinite where the gradient is no number."""
-        point, total, gradient = z.clone().requires_grad_(), 0.0, torch.zeros_like(z)
-        with torch.enable_grad():
-            for part in self.fitted.batches(self.batch):
-                x, _ = run(self.denoiser, part, *form(point), form.size)
-                loss = self._of(squares(x - part.x)).sum() / len(self.fitted.x)
-                gradient += torch.autograd.grad(loss, point)[0]
-                total += float(loss.detach())
-        return (total if bool(torch.isfinite(gradient).all()) else math.inf), gradient
-
-
-class _Fit(NamedTuple):
-    """The least value on held-out noises, where it is, and the steps made."""
-
-    value: float
-    z: Tensor
-    steps: int
-
-
-def _teller(
-    tell: Callable[[Progress], object], goal: _Goal, before: Sequence[_Fit], count: int, most_steps: int
-) -> Callable[[int, float], object]:
-    """What a fit tells of, one of so many, with those before it."""
-    lowest = min((fit.value for fit in before), default=math.inf)
-
-    def told(step: int, value: float) -> object:
-        share = math.exp(min(value, lowest) - goal.before)
-        return tell(Progress("fit", len(before) * most_steps + step, count * most_steps, share))
-
-    return told
-
-
-def _fit(form: _Form, goal: _Goal, most_steps: int, tell: Callable[[int, float], object]) -> _Fit:
-    """From a form's start; tells of the steps, and of the least value so far."""
-    best, looks, step = form.zero, 0, 0
-    least = goal.on_held(form, form.zero)
-    for step, (z, _) in enumerate(descend(lambda z: goal.slope(form, z), form.zero)):
-        if step and step % _EVERY == 0:
-            now = goal.on_held(form, z)
-            looks = 0 if now < least - _FALL else looks + 1
-            if now < least:
-                best, least = z, now
-        tell(min(step, most_steps), least)
-        if looks >= _LOOKS or step >= most_steps:
+    best = mean = np.zeros(_NUMBERS)
+    least, spread, stale = look(mean), np.full(_NUMBERS, _SPREAD), 0
+    while stale < _PATIENCE and (size := min(_GENERATION, most - tried - 1)) > 0:
+        points = mean + spread * random.standard_normal((size, _NUMBERS))
+        scores = np.array([look(z) for z in points])
+        chosen = points[[k for k in scores.argsort()[:_BEST] if math.isfinite(scores[k])]]
+        if not len(chosen):
             break
-    if step % _EVERY and (now := goal.on_held(form, z)) < least:
-        best, least = z, now
-    return _Fit(least, best, step)
-
-
-def _distances(denoiser: Denoiser, form: _Form, z: Tensor, ends: Ends, batch: int) -> Float[Tensor, " b"]:
-    """How far from their true ends the table's are."""
-    parts = [squares(run(denoiser, part, *form(z), form.size)[0] - part.x).sqrt() for part in ends.batches(batch)]
-    return torch.cat(parts).cpu()
+        mean, spread = chosen.mean(0), chosen.std(0) + _NARROWEST
+        value = look(mean)
+        stale = 0 if value < least - _FALL else stale + 1
+        if value < least:
+            best, least = mean, value
+    return best, least, tried
