@@ -30,8 +30,9 @@ def sent(times: Sequence[float], like: Tensor) -> dict[float, Tensor]:
     """Each time as a scalar on the device of `like`, of `as_time`'s dtype, its number known."""
     among = tuple(times)
     found = dict(zip(among, as_time(torch.tensor(among, dtype=torch.float64, device="cpu"), like).unbind()))
-    for number, scalar in found.items():
-        setattr(scalar, _NAME, Instant(number, among, None if scalar.is_inference() else scalar._version))
+    version = next((None if scalar.is_inference() else scalar._version for scalar in found.values()), None)
+    for number, scalar in found.items():  # parts of one tensor, of one version
+        setattr(scalar, _NAME, Instant(number, among, version))
     return found
 
 

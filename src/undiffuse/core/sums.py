@@ -22,6 +22,12 @@ _LARGE = 1 << 21
 _PIECE = 1 << 20
 
 
+def added(a: float, b: float) -> float:
+    """a + b, 0 where all but rounding of them cancels."""
+    found = a + b
+    return 0.0 if abs(found) <= UNIT * abs(a) else found
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`sum_j w_j x_j` of tensors of one shape, a new one.
 
@@ -29,7 +35,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     if len(tensors) > 1 and tensors[0].numel() >= _LARGE and _flat(tensors):
         return _in_pieces(tensors, weights)
-    if len(tensors) > 1 and weights[0] == 1:
+    if len(tensors) > 1 and abs(weights[0] - 1) <= UNIT:
         total = torch.add(tensors[0], tensors[1], alpha=weights[1])
         tensors, weights = tensors[1:], weights[1:]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from undiffuse.core.errors import ArgumentError
 from undiffuse.core.instants import known, sent
 from undiffuse.core.shapes import as_time, pad_to
-from undiffuse.core.sums import UNIT, combine
+from undiffuse.core.sums import added, combine
 from undiffuse.fields import prediction as predictions
 from undiffuse.fields.prediction import Coefficients, Prediction
 from undiffuse.paths import Path, change_of_path, is_value
@@ -21,6 +22,10 @@ from undiffuse.paths import Path, change_of_path, is_value
 Event = Float[Tensor, "b *event"]
 Time = Float[Tensor, ""] | Float[Tensor, " b"] | float
 Cond = Tensor | dict[str, Tensor] | None
+
+
+# (x_t, t, cond) -> the answer; None at a time that was not foreseen.
+Reading = Callable[[Tensor, float, Cond], "Answer | None"]
 
 
 class Answer(NamedTuple):
@@ -35,8 +40,7 @@ class Answer(NamedTuple):
 
     def weights(self, a: float, b: float) -> tuple[float, float]:
         """Of x_t and of the output in `a x_t + b E[x_0 | x_t]`."""
-        on_x = a + b * self.on_x
-        return (0.0 if abs(on_x) <= UNIT * abs(a) else on_x), b * self.on_output
+        return added(a, b * self.on_x), b * self.on_output
 
     def plus(self, x_t: Event, a: float, b: float) -> Event:
         """`a x_t + b E[x_0 | x_t]`."""
@@ -68,6 +72,11 @@ def _only_called(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl
     )
+
+
+def _counted(x: Tensor) -> bool:
+    """Whether changes of x are, which tells who writes into it."""
+    return not (x.is_inference() or torch.is_inference_mode_enabled())
 
 
 class Denoiser(nn.Module):
@@ -107,6 +116,10 @@ class Denoiser(nn.Module):
     def ask(self, x_t: Event, t: Time, cond: Cond = None) -> Answer:
         """`E[x_0 | x_t]` as a sum, where the model makes it of x_t and of one tensor by numbers."""
         return Answer(self(x_t, t, cond))
+
+    def reading(self, times: tuple[float, ...], like: Event) -> Reading | None:
+        """`ask` for a run that asks at these times, about x like this one, where all but x can be known before."""
+        return None
 
     def noise(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         """`E[eps | x_t]`."""
@@ -157,13 +170,17 @@ class NetworkDenoiser(Denoiser):
     def output(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Coefficients[Tensor]]:
         """The network's output F and the coefficients that give it its meaning; what objectives regress."""
         c = self._coefficients(as_time(t, x_t))
-        return self._called(self.net, c.scaled(x_t), x_t, c, cond), c
+        return self._called(self.net, c.scaled(x_t), c, x_t, cond, self._dtype(x_t)), c
 
     def _coefficients(self, time: Tensor) -> Coefficients[Tensor]:
         return self.prediction.coefficients(self.path, self.prediction.reach(self.path, time), self.sigma_data)
 
-    def _called(self, net: nn.Module, x_in: Event, x_t: Event, c: Coefficients, cond: Cond) -> Event:
-        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), x_t.dtype)
+    def _dtype(self, x_t: Event) -> torch.dtype:
+        """What the network reads."""
+        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
+
+    @staticmethod
+    def _called(net: nn.Module, x_in: Event, c: Coefficients, x_t: Event, cond: Cond, dtype: torch.dtype) -> Event:
         output = net(x_in if x_in.dtype == dtype else x_in.to(dtype), c.labels(x_t), cond)
         if output.shape != x_t.shape:
             raise ArgumentError(
@@ -171,11 +188,15 @@ class NetworkDenoiser(Denoiser):
             )
         return output if output.dtype == x_t.dtype else output.to(x_t.dtype)
 
+    def _settled(self) -> bool:
+        """Whether the coefficients are functions of the time alone, for good."""
+        values = is_value(self.path) and self.prediction.value and isinstance(self.sigma_data, int | float)
+        return values and _READ(self)
+
     def _numbers(self, t: Time) -> Coefficients[float] | None:
         """The coefficients as numbers, where that of the time is known and nothing in them can change."""
         instant = known(t)
-        values = is_value(self.path) and self.prediction.value and isinstance(self.sigma_data, int | float)
-        if instant is None or not (values and _READ(self)):
+        if instant is None or not self._settled():
             return None
         of = self.path, self.prediction, instant.among, self.sigma_data
         kept = self._kept
@@ -183,16 +204,14 @@ class NetworkDenoiser(Denoiser):
             kept = self._kept = of, predictions.numbers(*of)
         return kept[1][instant.number]
 
-    def _read(self, x_t: Event, c: Coefficients[float], cond: Cond) -> Event:
+    def _read(self, net: nn.Module, c: Coefficients[float], x_t: Event, cond: Cond, dtype: torch.dtype) -> Event:
         """F, by numbers."""
-        net = self.net
-        counted = not (x_t.is_inference() or torch.is_inference_mode_enabled())  # its changes are
-        if c.c_in != 1 or x_t.requires_grad or not x_t.is_contiguous() or not counted:
-            return self._called(net, c.scaled(x_t), x_t, c, cond)
+        if c.c_in != 1 or x_t.requires_grad or not (x_t.is_contiguous() and _counted(x_t)):
+            return self._called(net, c.scaled(x_t), c, x_t, cond, dtype)
         # x as it is, unless the network writes into what it is given, as its first call on a copy has told.
         x_in = x_t if self._only_reads is net else x_t.clone()
         before = x_in._version
-        output = self._called(net, x_in, x_t, c, cond)
+        output = self._called(net, x_in, c, x_t, cond, dtype)
         if x_in._version == before:
             self.__dict__["_only_reads"] = net
         elif x_in is x_t:
@@ -202,7 +221,9 @@ class NetworkDenoiser(Denoiser):
     def _said(self, x_t: Event, t: Time, cond: Cond) -> tuple[Event, Coefficients]:
         """`output`, by numbers where they are known."""
         c = self._numbers(t)
-        return self.output(x_t, t, cond) if c is None else (self._read(x_t, c, cond), c)
+        if c is None:
+            return self.output(x_t, t, cond)
+        return self._read(self.net, c, x_t, cond, self._dtype(x_t)), c
 
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
         output, c = self._said(x_t, t, cond)
@@ -213,11 +234,31 @@ class NetworkDenoiser(Denoiser):
         # Where F is E[x_0] a solver may keep it.
         if c is None or c.c_skip == 0 or not (_ASKED(self) and _only_called(self)):
             return super().ask(x_t, t, cond)
-        return Answer(self._read(x_t, c, cond), c.c_skip, c.c_out)
+        return Answer(self._read(self.net, c, x_t, cond, self._dtype(x_t)), c.c_skip, c.c_out)
+
+    def reading(self, times: tuple[float, ...], like: Event) -> Reading | None:
+        asked = _counted(like) and not torch.compiler.is_compiling()
+        if not (asked and self._settled() and _ASKED(self) and _only_called(self)):
+            return None
+        return _Reading(self, predictions.numbers(self.path, self.prediction, times, self.sigma_data), like)
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         output, c = self._said(x_t, t, cond)
         return c.data(output, x_t), c.noise(output, x_t)
+
+
+class _Reading:
+    """A network along one run: its coefficients by time, and the dtype that it reads."""
+
+    def __init__(self, field: NetworkDenoiser, numbers: dict[float, Coefficients[float]], like: Event):
+        self.field, self.numbers, self.dtype = field, numbers, field._dtype(like)
+
+    def __call__(self, x_t: Event, t: float, cond: Cond) -> Answer | None:
+        c = self.numbers.get(t)
+        if c is None or c.c_skip == 0:  # where F is E[x_0] a solver may keep it
+            return None
+        field = self.field
+        return Answer(field._read(field.net, c, x_t, cond, self.dtype), c.c_skip, c.c_out)
 
 
 _READ = _AsWritten(NetworkDenoiser, "output", "_coefficients")

@@ -123,6 +123,7 @@ class Bound:
         self.per_sample: Tensor | None = None
         self.rounds: Tensor | None = None
         self._last: tuple[Tensor, Answer] | None = None
+        self._begun, self._reading = False, None
         self._asked = () if grid is None else tuple(grid.tolist())
         self._scales = scales_at(self.path, self._asked)
         self._rates: Mapping[float, tuple[float, float]] | None = None
@@ -144,11 +145,15 @@ class Bound:
         """`E[x_0 | x_t]` as a sum, to be used before the next call."""
         if not isinstance(self.field, Denoiser):  # a compiled one, say
             return Answer(self(x, t))
+        if not self._begun:
+            self._reading, self._begun = self.field.reading(self._asked, x), True
         self._count_all()
         self._last = None
-        answer = self.field.ask(x, self._time(t, x), self.cond)
-        output = self._checked(answer.output, x)
-        answer = answer if output is answer.output else answer._replace(output=output)
+        answer = None if self._reading is None else self._reading(x, float(t), self.cond)
+        if answer is None:
+            answer = self.field.ask(x, self._time(t, x), self.cond)
+            output = self._checked(answer.output, x)
+            answer = answer if output is answer.output else answer._replace(output=output)
         self._last = x, answer
         return answer
 
@@ -291,7 +296,7 @@ class StreamNoise:
 
 def ask(field: Field, x: Event, t: Tensor | float) -> Answer:
     """`E[x_0 | x_t]` as a sum, where the field knows it as one; to be used before the next call."""
-    return field.ask(x, t) if isinstance(field, Bound | Denoiser) else Answer(field(x, t))
+    return field.ask(x, t) if isinstance(field, (Bound, Denoiser)) else Answer(field(x, t))
 
 
 def scales(field: Field, t: Tensor | float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any, ClassVar
@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.core.sums import combine, weighted_sum
-from undiffuse.fields import Answer
+from undiffuse.core.sums import added, combine, weighted_sum
 from undiffuse.paths import Path, for_values
-from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, ask, rates, scales
+from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, ask, rates, rates_at, scales, scales_at
 from undiffuse.solvers.grids import make_grid
 
 Row = tuple[float, ...]
@@ -23,8 +22,10 @@ Row = tuple[float, ...]
 
 def velocity_coefficients(field: Field, t: Tensor | float) -> tuple[float, float]:
     """(p, q) with velocity `p x + q E[x_0 | x]`: `p = sigma' / sigma`, `q = alpha' - alpha p` (Prop. 6.3.2)."""
-    alpha, sigma = scales(field, t)
-    alpha_dot, sigma_dot = rates(field, t)
+    return _velocity(*scales(field, t), *rates(field, t))
+
+
+def _velocity(alpha: float, sigma: float, alpha_dot: float, sigma_dot: float) -> tuple[float, float]:
     p = sigma_dot / sigma
     return p, alpha_dot - alpha * p
 
@@ -50,10 +51,50 @@ def between(t: float, s: float, node: float) -> float:
     return t + node * (s - t)
 
 
+# Nodes, and for each of them the weights of the velocities so far in what comes after it.
+Tableau = tuple[Row, tuple[Row, ...]]
+# By step (t, s): for each node the weights of x and of the answers so far in what comes after it.
+Plan = Mapping[tuple[float, float], tuple[Row, ...]]
+
+
+def _stages(tableau: Tableau, t: float, s: float, velocity: Callable[[float], tuple[float, float]]) -> tuple[Row, ...]:
+    found: list[Row] = [(1.0,)]
+    velocities: list[Row] = []
+    for node, row in zip(*tableau):
+        p, q = velocity(s if node == 1 else between(t, s, node))
+        velocities.append((*(p * w for w in found[-1]), q))
+        found.append(stage_coefficients(s - t, row, velocities))
+    return tuple(found[1:])
+
+
 @for_values
-def _turns(path: Path, grid: tuple[float, ...]) -> bool:
-    """Whether a step by Euler's method turns the sign of the noise, not at the path's end."""
-    times = torch.tensor(grid, dtype=torch.float64)
+def _plan(path: Path, tableau: Tableau, grid: tuple[float, ...]) -> Plan:
+    """Of all steps but those to sigma = 0."""
+    places = {step: [between(*step, node) for node in tableau[0] if node < 1] for step in pairwise(grid)}
+    times = tuple({*grid, *(time for inner in places.values() for time in inner)})
+    levels, slopes = scales_at(path, times), rates_at(path, times)
+
+    def velocity(t: float) -> tuple[float, float]:
+        return _velocity(*levels[t], *slopes[t])
+
+    return {step: _stages(tableau, *step, velocity) for step in places if levels[step[1]][1] > 0}
+
+
+@for_values
+def _last_middle(path: Path, t: float, s: float) -> float | None:
+    """When `sigma / alpha` is half of what it is at t, before s, where it is 0; None where that is not asked for."""
+    time = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = float(path.alpha(time)), float(path.sigma(time))
+    if alpha == 0 or float(path.sigma(torch.tensor(s, dtype=torch.float64))) > 0:
+        return None
+    middle = float(path.time_of(torch.tensor(math.log(2 * alpha / sigma), dtype=torch.float64)))
+    return middle if middle >= path.t_low else None
+
+
+@for_values
+def _turns(path: Path, steps: int) -> bool:
+    """Whether a step by Euler's method on the canonical grid turns the sign of the noise, not at the path's end."""
+    times = make_grid(path, steps, "canonical")
     t, s = times[:-1], times[1:]
     growth = 1 + (s - t) * path.sigma_dot(t) / path.sigma(t)
     return bool(((growth < 0) & (path.sigma(s) > 0)).any())
@@ -88,36 +129,46 @@ class RungeKutta(Solver):
         0.09 / 0.02 / 0.005 on "karras".
         """
         grid = super().default_grid(path, steps)
-        return make_grid(path, steps, "karras") if _turns(path, tuple(grid.tolist())) else grid
+        return make_grid(path, steps, "karras") if _turns(path, steps) else grid
 
-    def init(self, field: Field, x: Event, t: Scalar) -> Any:
+    def init(self, field: Field, x: Event, t: Scalar) -> Plan | None:
+        """The weights of all steps, where the times are known."""
+        if not isinstance(field, Bound) or field.grid is None:
+            return None
+        grid = tuple(field.grid.tolist())
         inner = {node for node in self.nodes if 0 < node < 1}
-        if inner and isinstance(field, Bound) and field.grid is not None:
-            field.foresee([between(*step, node) for step in pairwise(field.grid.tolist()) for node in inner])
+        last = _last_middle(field.path, *grid[-2:]) if self.extrapolates else None
+        field.foresee(
+            [*(between(*step, node) for step in pairwise(grid) for node in inner), *([] if last is None else [last])]
+        )
+        return _plan(field.path, self._tableau, grid)
+
+    @property
+    def _tableau(self) -> Tableau:
+        return self.nodes, (*self.rows, self.weights)
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         answer, start, end = ask(field, x, t), float(t), float(s)
-        if scales(field, end)[1] == 0:
-            return self.last_step(field, x, answer, t, s), state
-        h = end - start
-        if not self.rows:  # one stage, in short
-            p, q = velocity_coefficients(field, start)
-            return answer.plus(x, 1 + h * self.weights[0] * p, h * self.weights[0] * q), state
-        stage, weights, time = x, (1.0,), start
-        answers: list[Event] = []
-        velocities: list[Row] = []
-        for node, row in zip((*self.nodes[1:], None), (*self.rows, self.weights)):
-            # The last answer is used before the next call, and need not be added up.
-            answer = answer if node is None else Answer(answer.data(stage))
-            on_stage, on_answer = answer.weights(*velocity_coefficients(field, time))
-            answers.append(answer.output)
-            velocities.append((*(on_stage * w for w in weights), on_answer))
-            weights = stage_coefficients(h, row, velocities)
-            stage = combined(x, answers, weights)
-            if node is not None:
-                time = end if node == 1 else between(start, end, node)
-                answer = ask(field, stage, time)
-        return stage, state
+        rows = state.get((start, end)) if state else None
+        if rows is None:
+            if scales(field, end)[1] == 0:
+                return self.last_step(field, x, answer, t, s), state
+            rows = _stages(self._tableau, start, end, lambda time: velocity_coefficients(field, time))
+        before, *others = rows
+        if not others:
+            return answer.plus(x, *before), state
+        stage, answers = x, []
+        for node, row in zip(self.nodes[1:], rows):
+            answers.append(answer.data(stage))
+            stage = combined(x, answers, row)
+            answer = ask(field, stage, end if node == 1 else between(start, end, node))
+        # The last answer is used before the next call, and need not be added up.
+        *weights, on_denoised = rows[-1]
+        if answer.on_x != 0:
+            share = on_denoised * answer.on_x
+            weights = [added(w, share * v) for w, v in zip_longest(weights, rows[-2], fillvalue=0.0)]
+        answers.append(answer.output)
+        return combined(x, answers, (*weights, on_denoised * answer.on_output)), state
 
     def last_step(self, field: Field, x: Event, answer: Answer, t: Scalar, s: Scalar) -> Event:
         """`alpha_s D_1`, D_1 = E[x_0 | x_t]; where `extrapolates`, `alpha_s (2 D_m - D_1)`.
@@ -126,14 +177,13 @@ class RungeKutta(Solver):
         down to u = 0: D_m is the answer at u / 2, for `y_m = (y + D_1) / 2`. It takes a second call, and is not made
         where that would be below t_low, or out of alpha = 0.
         """
-        (alpha, sigma), alpha_s = scales(field, t), scales(field, s)[0]
-        if not self.extrapolates or alpha == 0:
-            return answer.plus(x, 0.0, alpha_s)
-        middle = field.path.time_of(torch.tensor(math.log(2 * alpha / sigma), dtype=torch.float64))
-        if float(middle) < field.path.t_low:
+        alpha, alpha_s = scales(field, t)[0], scales(field, s)[0]
+        middle = _last_middle(field.path, float(t), float(s)) if self.extrapolates else None
+        if middle is None:
             return answer.plus(x, 0.0, alpha_s)
         half, denoised = 0.5 * scales(field, middle)[0], answer.data(x)
-        return combine(field(combine(x, half / alpha, denoised, half), middle), 2 * alpha_s, denoised, -alpha_s)
+        y = combine(x, half / alpha, denoised, half)
+        return combine(ask(field, y, middle).data(y), 2 * alpha_s, denoised, -alpha_s)
 
 
 @dataclass(frozen=True)
