@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -53,18 +53,38 @@ def between(t: float, s: float, node: float) -> float:
 
 # Nodes, and for each of them the weights of the velocities so far in what comes after it.
 Tableau = tuple[Row, tuple[Row, ...]]
-# By step (t, s): for each node the weights of x and of the answers so far in what comes after it.
-Plan = Mapping[tuple[float, float], tuple[Row, ...]]
 
 
-def _stages(tableau: Tableau, t: float, s: float, velocity: Callable[[float], tuple[float, float]]) -> tuple[Row, ...]:
-    found: list[Row] = [(1.0,)]
-    velocities: list[Row] = []
-    for node, row in zip(*tableau):
-        p, q = velocity(s if node == 1 else between(t, s, node))
-        velocities.append((*(p * w for w in found[-1]), q))
-        found.append(stage_coefficients(s - t, row, velocities))
-    return tuple(found[1:])
+class Stages(NamedTuple):
+    """A step by its nodes.
+
+    Attributes:
+        velocities: (p, q), as of `velocity_coefficients`.
+        rows: weights of x, D_1, D_2, ... in what comes after the node.
+        short: the same of x, the state at the node and its D alone, where it goes by this velocity only.
+    """
+
+    velocities: tuple[tuple[float, float], ...]
+    rows: tuple[Row, ...]
+    short: tuple[Row | None, ...]
+
+    @classmethod
+    def of(cls, tableau: Tableau, t: float, s: float, velocity: Callable[[float], tuple[float, float]]) -> Stages:
+        """The step from t to s."""
+        h, state, by_answers = s - t, (1.0,), []
+        velocities, rows, short = [], [], []
+        for node, row in zip(*tableau):
+            p, q = velocity(s if node == 1 else between(t, s, node))
+            velocities.append((p, q))
+            by_answers.append((*(p * w for w in state), q))
+            state = stage_coefficients(h, row, by_answers)
+            rows.append(state)
+            short.append(None if any(row[:-1]) else (1.0, h * row[-1] * p, h * row[-1] * q))
+        return cls(tuple(velocities), tuple(rows), tuple(short))
+
+
+# By step (t, s).
+Plan = Mapping[tuple[float, float], Stages]
 
 
 @for_values
@@ -77,7 +97,7 @@ def _plan(path: Path, tableau: Tableau, grid: tuple[float, ...]) -> Plan:
     def velocity(t: float) -> tuple[float, float]:
         return _velocity(*levels[t], *slopes[t])
 
-    return {step: _stages(tableau, *step, velocity) for step in places if levels[step[1]][1] > 0}
+    return {step: Stages.of(tableau, *step, velocity) for step in places if levels[step[1]][1] > 0}
 
 
 @for_values
@@ -149,26 +169,58 @@ class RungeKutta(Solver):
 
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         answer, start, end = ask(field, x, t), float(t), float(s)
-        rows = state.get((start, end)) if state else None
-        if rows is None:
+        stages = state.get((start, end)) if state else None
+        if stages is None:
             if scales(field, end)[1] == 0:
                 return self.last_step(field, x, answer, t, s), state
-            rows = _stages(self._tableau, start, end, lambda time: velocity_coefficients(field, time))
-        before, *others = rows
-        if not others:
-            return answer.plus(x, *before), state
+            stages = Stages.of(self._tableau, start, end, lambda time: velocity_coefficients(field, time))
+        if len(stages.rows) == 1:
+            return answer.plus(x, *stages.rows[0]), state
+        times = [end if node == 1 else between(start, end, node) for node in self.nodes[1:]]
+        if answer.weights(*stages.velocities[0])[0] == 0:
+            return self._by_velocities(field, x, answer, times, stages.velocities, end - start), state
+        return self._by_answers(field, x, answer, times, stages), state
+
+    def _by_answers(self, field: Field, x: Event, answer: Answer, times: Sequence[float], stages: Stages) -> Event:
+        """Each state a sum of x and all answers before it."""
         stage, answers = x, []
-        for node, row in zip(self.nodes[1:], rows):
+        for time, row, short in zip(times, stages.rows, stages.short):
             answers.append(answer.data(stage))
-            stage = combined(x, answers, row)
-            answer = ask(field, stage, end if node == 1 else between(start, end, node))
+            if short is not None and len(row) > len(short):
+                stage = weighted_sum((x, stage, answers[-1]), short)
+            else:
+                stage = combined(x, answers, row)
+            answer = ask(field, stage, time)
         # The last answer is used before the next call, and need not be added up.
-        *weights, on_denoised = rows[-1]
+        *weights, on_denoised = stages.rows[-1]
         if answer.on_x != 0:
             share = on_denoised * answer.on_x
-            weights = [added(w, share * v) for w, v in zip_longest(weights, rows[-2], fillvalue=0.0)]
+            weights = [added(w, share * v) for w, v in zip_longest(weights, stages.rows[-2], fillvalue=0.0)]
         answers.append(answer.output)
-        return combined(x, answers, (*weights, on_denoised * answer.on_output)), state
+        return combined(x, answers, (*weights, on_denoised * answer.on_output))
+
+    def _by_velocities(
+        self,
+        field: Field,
+        x: Event,
+        answer: Answer,
+        times: Sequence[float],
+        velocities: Sequence[tuple[float, float]],
+        h: float,
+    ) -> Event:
+        """For outputs that are velocities: each is added to all that goes by it before the next call, and not kept."""
+        stage, sums = x, [x] * len(velocities)
+        for k, velocity in enumerate(velocities):
+            terms = [(w, part) for w, part in zip(answer.weights(*velocity), (stage, answer.output)) if w != 0]
+            for j, row in enumerate(self._tableau[1][k:], start=k):
+                for weight, part in terms if row[k] != 0 else ():
+                    share = h * row[k] * weight
+                    fresh = sums[j] is x
+                    sums[j] = torch.add(x, part, alpha=share) if fresh else sums[j].add_(part, alpha=share)
+            if k < len(times):
+                stage = sums[k]
+                answer = ask(field, stage, times[k])
+        return sums[-1]
 
     def last_step(self, field: Field, x: Event, answer: Answer, t: Scalar, s: Scalar) -> Event:
         """`alpha_s D_1`, D_1 = E[x_0 | x_t]; where `extrapolates`, `alpha_s (2 D_m - D_1)`.
