@@ -3,13 +3,14 @@
     python benchmarks/overhead.py                    # one thread, some 5 minutes
     python benchmarks/overhead.py --methods euler 2m --shapes 1,4,64,64 --threads 2
 
-The network returns a stored float32 tensor, read as whatever each library asks of it: nothing is converted for
-anybody, but in our rows with a network, where `NetworkDenoiser` calls one and reads E[x_0] from what it says. A run
-is a whole call: its grid or `set_timesteps`, its steps, its end; its time is divided by its steps. All rows of a
-method run in turn, round after round; medians, in microseconds of the processor on one thread, of the wall on more.
-"least" is the fewest fused passes that the method needs: every tensor of a step read once where it is used and
-written once, `tensors` in all, at the speed of `torch.add(a, b, out=c)`, which moves 3, timed in the same rounds over
-buffers that take turns as x does. As the stored tensor is one for all calls, caches flatter all rows alike.
+The network returns a stored float32 tensor, read as whatever each library asks of it. Rows "network" call a module
+that does so at every step, as a pipeline does, and ours read E[x_0] from what it says; they are compared with each
+other, all other rows with each other. A run is a whole call: its grid or `set_timesteps`, its steps, its end; its time
+is divided by its steps. All rows of a method run in turn, round after round; medians, in microseconds of the processor
+on one thread, of the wall on more. "least" is the fewest fused passes that the method needs: every tensor of a step
+read once where it is used and written once, so many in all, at the speed of `torch.add(a, b, out=c)`, which moves 3,
+timed in the same rounds over as many buffers as the step has states. As the stored tensor is one for all calls, caches
+flatter all rows alike.
 k-diffusion is taken from an installation or from --k-diffusion FOLDER (git clone
 https://github.com/crowsonkb/k-diffusion); what is not installed is left out, with a line that says so.
 """
@@ -85,12 +86,12 @@ def ours_network(solver: str, path: ud.Path, prediction: str) -> Make:
     return make
 
 
-def diffusers(scheduler: str, scaled: bool = False, **options: Any) -> Make:
-    """`scaled`: the loop has to scale the network's input."""
+def diffusers(scheduler: str, scaled: bool = False, network: bool = False, **options: Any) -> Make:
+    """`scaled`: the loop has to scale the network's input; `network`: it calls one."""
     kind = getattr(importlib.import_module("diffusers"), f"{scheduler}Scheduler")
 
     def make(x: Tensor, answer: Tensor, steps: int) -> Callable[[], Any]:
-        scheduler = kind(**options)
+        scheduler, net = kind(**options), FreeNet(answer)
 
         def run() -> Tensor:
             scheduler.set_timesteps(steps)
@@ -98,7 +99,8 @@ def diffusers(scheduler: str, scaled: bool = False, **options: Any) -> Make:
             for t in scheduler.timesteps:
                 if scaled:
                     scheduler.scale_model_input(now, t)
-                now = scheduler.step(answer, t, now, return_dict=False)[0]
+                said = net(now, t.expand(len(now))) if network else answer
+                now = scheduler.step(said, t, now, return_dict=False)[0]
             return now
 
         return run
@@ -136,54 +138,82 @@ def azula(sampler: str, **options: Any) -> Make:
     return make
 
 
-def flow_matching(method: str) -> Make:
+def flow_matching(method: str, network: bool = False) -> Make:
     solver = importlib.import_module("flow_matching.solver").ODESolver
 
     def make(x: Tensor, answer: Tensor, steps: int) -> Callable[[], Any]:
-        walk, ends = solver(lambda x, t: answer), torch.tensor([0.0, 1.0])
+        net, ends = FreeNet(answer), torch.tensor([0.0, 1.0])
+        walk = solver((lambda x, t: net(x, t.expand(len(x)))) if network else (lambda x, t: answer))
         return lambda: walk.sample(x, step_size=1 / steps, method=method, time_grid=ends)
 
     return make
 
 
-# Method -> tensors moved in a step by the fewest fused passes, and its rows. Euler: x, D, and x written. 2M, DEIS-2:
-# the D before too. Heun: Euler's 3, then x, both D and x written. Midpoint: twice 3. UniPC-2: one pass reads x and
-# three D and writes two, the corrected x and the next. RK4: three times 3, then x, four slopes and x written.
-METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
-    "euler": (3, {
+@dataclass(frozen=True)
+class Method:
+    """A method's rows, and the fewest passes over memory of its steps.
+
+    Attributes:
+        tensors: moved in a step where the answers are E[x_0].
+        network: moved where they are velocities, or noise.
+        states: how many x it has at a time, the one that is written among them.
+    """
+
+    tensors: int
+    network: int
+    states: int
+    rows: dict[str, Callable[[Path | None], Make]]
+
+
+# Euler and DDIM: x, D, and x written. 2M: the D before too; with noise D is written as well. DEIS-2: x and D, and both
+# before; with noise x and two of that. UniPC-2: one pass reads x and three D and writes two, the corrected x and the
+# next; with noise D is written as well. Heun: Euler's 3, then x, both D and x written. Midpoint, RK4: a velocity is
+# made of a state and its D, so that a pass moves x, both, and what it writes; the first 3 tensors; RK4's last x, three
+# states, D and x written. With velocities three a pass, and RK4's last x, four of them and x written.
+METHODS: dict[str, Method] = {
+    "euler": Method(3, 3, 2, {
         "ours euler": lambda _: ours("euler", ud.Linear()),
         "ours ddim": lambda _: ours("ddim", ud.Linear()),
-        "ours ddim, VP": lambda _: ours("ddim", ud.VP()),
         "ours euler, network of velocity": lambda _: ours_network("euler", ud.Linear(), "velocity"),
-        "ours ddim, VP, network of noise": lambda _: ours_network("ddim", ud.VP(), "noise"),
         "diffusers FlowMatchEuler": lambda _: diffusers("FlowMatchEulerDiscrete"),
+        "diffusers FlowMatchEuler, network": lambda _: diffusers("FlowMatchEulerDiscrete", network=True),
         "diffusers EulerDiscrete": lambda _: diffusers("EulerDiscrete", scaled=True),
-        "diffusers DDIM": lambda _: diffusers("DDIM"),
         "k-diffusion euler": lambda folder: k_diffusion("euler", folder),
         "azula Euler": lambda _: azula("Euler"),
         "flow_matching euler": lambda _: flow_matching("euler"),
+        "flow_matching euler, network": lambda _: flow_matching("euler", network=True),
     }),
-    "2m": (4, {
+    "ddim": Method(3, 3, 2, {
+        "ours ddim, VP": lambda _: ours("ddim", ud.VP()),
+        "ours ddim, VP, network of noise": lambda _: ours_network("ddim", ud.VP(), "noise"),
+        "diffusers DDIM": lambda _: diffusers("DDIM"),
+        "diffusers DDIM, network": lambda _: diffusers("DDIM", network=True),
+        "azula DDIM": lambda _: azula("DDIM"),
+    }),
+    "2m": Method(4, 5, 2, {
         "ours dpmpp-2m": lambda _: ours("dpmpp-2m", ud.Linear()),
         "ours dpmpp-2m, VP": lambda _: ours("dpmpp-2m", ud.VP()),
         "ours dpmpp-2m, VP, network of noise": lambda _: ours_network("dpmpp-2m", ud.VP(), "noise"),
         "diffusers DPMSolver++(2)": lambda _: diffusers("DPMSolverMultistep"),
+        "diffusers DPMSolver++(2), network": lambda _: diffusers("DPMSolverMultistep", network=True),
         "diffusers EDM DPMSolver++(2)": lambda _: diffusers("EDMDPMSolverMultistep", scaled=True),
         "k-diffusion dpmpp_2m": lambda folder: k_diffusion("dpmpp_2m", folder),
         "azula xEAB(2)": lambda _: azula("xEAB", order=2),
     }),
-    "deis-2": (4, {
+    "deis-2": Method(5, 4, 3, {
         "ours deis-2": lambda _: ours("deis-2", ud.Linear()),
         "ours deis-2, VP, network of noise": lambda _: ours_network("deis-2", ud.VP(), "noise"),
         "diffusers DEIS(2)": lambda _: diffusers("DEISMultistep", solver_order=2),
+        "diffusers DEIS(2), network": lambda _: diffusers("DEISMultistep", network=True, solver_order=2),
         "azula zEAB(2)": lambda _: azula("zEAB", order=2),
     }),
-    "unipc-2": (6, {
+    "unipc-2": Method(6, 7, 3, {
         "ours unipc-2": lambda _: ours("unipc-2", ud.Linear()),
         "ours unipc-2, VP, network of noise": lambda _: ours_network("unipc-2", ud.VP(), "noise"),
         "diffusers UniPC(2)": lambda _: diffusers("UniPCMultistep", solver_order=2),
+        "diffusers UniPC(2), network": lambda _: diffusers("UniPCMultistep", network=True, solver_order=2),
     }),
-    "heun": (7, {
+    "heun": Method(7, 7, 3, {
         "ours heun": lambda _: ours("heun", ud.Linear()),
         "ours heun, network of velocity": lambda _: ours_network("heun", ud.Linear(), "velocity"),
         "ours edm, Karras": lambda _: ours("edm", ud.Karras()),
@@ -192,27 +222,30 @@ METHODS: dict[str, tuple[int, dict[str, Callable[[Path | None], Make]]]] = {
         "k-diffusion heun": lambda folder: k_diffusion("heun", folder),
         "azula Heun": lambda _: azula("Heun"),
         "flow_matching heun2": lambda _: flow_matching("heun2"),
+        "flow_matching heun2, network": lambda _: flow_matching("heun2", network=True),
     }),
-    "midpoint": (6, {
+    "midpoint": Method(7, 6, 3, {
         "ours midpoint": lambda _: ours("midpoint", ud.Linear()),
         "ours midpoint, network of velocity": lambda _: ours_network("midpoint", ud.Linear(), "velocity"),
         "flow_matching midpoint": lambda _: flow_matching("midpoint"),
+        "flow_matching midpoint, network": lambda _: flow_matching("midpoint", network=True),
     }),
-    "rk4": (15, {
+    "rk4": Method(17, 15, 5, {
         "ours rk4": lambda _: ours("rk4", ud.Linear()),
         "ours rk4, network of velocity": lambda _: ours_network("rk4", ud.Linear(), "velocity"),
         "flow_matching rk4": lambda _: flow_matching("rk4"),
+        "flow_matching rk4, network": lambda _: flow_matching("rk4", network=True),
     }),
 }  # fmt: skip
 
 
-def floor(x: Tensor, steps: int) -> Callable[[], None]:
-    """`steps` passes that move 3 tensors each."""
-    answer, buffers = torch.randn_like(x), [x.clone(), torch.empty_like(x)]
+def floor(x: Tensor, states: int, steps: int) -> Callable[[], None]:
+    """`steps` passes that move 3 tensors each, from state to state."""
+    answer, buffers = torch.randn_like(x), [x.clone() for _ in range(states)]
 
     def run() -> None:
         for k in range(steps):
-            torch.add(buffers[k % 2], answer, alpha=0.5, out=buffers[(k + 1) % 2])
+            torch.add(buffers[k % states], answer, alpha=0.5, out=buffers[(k + 1) % states])
 
     return run
 
@@ -242,11 +275,9 @@ def measure(rows: list[Row], rounds: int, clock: Callable[[], float]) -> dict[st
     return {row.name: statistics.median(row.seconds) for row in rows}
 
 
-def built(
-    rows: dict[str, Callable[[Path | None], Make]], folder: Path | None, x: Tensor, answer: Tensor, steps: int
-) -> list[Row]:
-    found = [Row("floor", floor(x, steps))]
-    for name, get in rows.items():
+def built(method: Method, folder: Path | None, x: Tensor, answer: Tensor, steps: int) -> list[Row]:
+    found = [Row("floor", floor(x, method.states, steps))]
+    for name, get in method.rows.items():
         try:
             found.append(Row(name, get(folder)(x, answer, steps)))
         except ImportError as error:
@@ -254,17 +285,18 @@ def built(
     return found
 
 
-def report(method: str, tensors: int, shape: tuple[int, ...], took: dict[str, float], steps: int) -> None:
-    """A table of one method at one shape, and ours against the fastest peer."""
-    least = took.pop("floor") / steps * tensors / 3
-    print(f"\n{method}, {list(shape)}: least {least * 1e6:.1f} us ({tensors} tensors)\n")
+def report(name: str, method: Method, shape: tuple[int, ...], took: dict[str, float], steps: int) -> None:
+    """A table of one method at one shape, and ours against the fastest peer, with a network and without."""
+    one = took.pop("floor") / steps / 3
+    print(f"\n{name}, {list(shape)}: a tensor moved {one * 1e6:.2f} us\n")
     print("| who | us per step | of the least | of the fastest peer |")
     print("|---|--:|--:|--:|")
-    theirs = [seconds for who, seconds in took.items() if not who.startswith("ours")]
-    peer = min(theirs, default=float("nan")) / steps
-    for who, seconds in sorted(took.items(), key=lambda item: (not item[0].startswith("ours"), item[1])):
-        step = seconds / steps
-        print(f"| {who} | {step * 1e6:.1f} | {step / least:.2f} | {step / peer:.2f} |")
+    for calls in (False, True):
+        rows = {who: seconds / steps for who, seconds in took.items() if ("network" in who) == calls}
+        peer = min((step for who, step in rows.items() if not who.startswith("ours")), default=float("nan"))
+        least = one * (method.network if calls else method.tensors)
+        for who, step in sorted(rows.items(), key=lambda item: (not item[0].startswith("ours"), item[1])):
+            print(f"| {who} | {step * 1e6:.1f} | {step / least:.2f} | {step / peer:.2f} |")
 
 
 def main() -> None:
@@ -288,12 +320,12 @@ def main() -> None:
     for text in words.shapes:
         shape = tuple(int(n) for n in text.split(","))
         x, answer = (torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
-        for method, (tensors, rows) in METHODS.items():
-            if words.methods and method not in words.methods:
+        for name, method in METHODS.items():
+            if words.methods and name not in words.methods:
                 continue
             with torch.no_grad():
-                took = measure(built(rows, words.k_diffusion, x, answer, words.steps), words.rounds, clock)
-            report(method, tensors, shape, took, words.steps)
+                took = measure(built(method, words.k_diffusion, x, answer, words.steps), words.rounds, clock)
+            report(name, method, shape, took, words.steps)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from scipy.integrate import quad
 
 from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
-from undiffuse.core.sums import weighted_sum
 from undiffuse.fields import Denoiser
 from undiffuse.oracles import GaussianMixture, exact_flow
 from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
@@ -165,15 +164,6 @@ def test_steps_that_grow_fast_are_not_followed_by_high_polynomials(grid):
     for steps in (5, 8):
         x = sample(law.denoiser(path), noise=noise, solver=Multistep(scale=1.0), steps=steps, grid=grid)
         assert float((x - truth).norm() / truth.norm()) < 1.2
-
-
-def test_the_weighted_sum_in_pieces_is_the_sum():
-    terms = [numbers(3, 100_000, seed=seed).float() for seed in range(3)]
-    weights = (0.7, -1.3, 0.2)
-    wanted = sum(w * x.double() for w, x in zip(weights, terms))
-    assert torch.allclose(weighted_sum(terms, weights).double(), wanted, atol=1e-6)
-    apart = [term.T for term in terms]  # not contiguous
-    assert torch.allclose(weighted_sum(apart, weights).double(), wanted.T, atol=1e-6)
 
 
 def test_gradients_flow_through_a_run():

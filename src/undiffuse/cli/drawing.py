@@ -21,6 +21,7 @@ from undiffuse.cli.options import parse_corrector, parse_solver, parse_threshold
 from undiffuse.cli.shards import NpzShards, PngFolder, Store, mine, open_folder, shards
 from undiffuse.core.errors import ArgumentError
 from undiffuse.guidance import ClassifierGuidance
+from undiffuse.nets import keep_freed_memory
 from undiffuse.recipes import build
 from undiffuse.recipes.chains import SAMPLERS, EnergySampler, sampler_of
 from undiffuse.recipes.correctors import overlaid, said
@@ -81,6 +82,7 @@ class Model:
         Raises:
             RunError: the run trained what draws no samples. ArgumentError: an option that does not fit the run.
         """
+        keep_freed_memory()
         settings, other, note = run.recipe.settings, None, None
         if settings.kind not in SAMPLERS:
             run.expect("denoiser")
