@@ -9,8 +9,8 @@ other, all other rows with each other. A run is a whole call: its grid or `set_t
 is divided by its steps. All rows of a method run in turn, round after round; medians, in microseconds of the processor
 on one thread, of the wall on more. "least" is the fewest fused passes that the method needs: every tensor of a step
 read once where it is used and written once, so many in all, at the speed of `torch.add(a, b, out=c)`, which moves 3,
-timed in the same rounds over as many buffers as the step has states. As the stored tensor is one for all calls, caches
-flatter all rows alike.
+timed in the same rounds over as many buffers as the step has states and kept answers. As the stored tensor is one for
+all calls, caches flatter all rows alike.
 k-diffusion is taken from an installation or from --k-diffusion FOLDER (git clone
 https://github.com/crowsonkb/k-diffusion); what is not installed is left out, with a line that says so.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import undiffuse as ud
 from undiffuse.nets import keep_freed_memory
-from undiffuse.solvers import SOLVERS
+from undiffuse.solvers import SOLVERS, fuse_sums
 
 SHAPES = ((64, 3, 32, 32), (1, 4, 64, 64), (16, 3, 256, 256))
 # A round of one row takes about this long.
@@ -162,6 +162,7 @@ class Method:
     tensors: int
     network: int
     states: int
+    answers: int
     rows: dict[str, Callable[[Path | None], Make]]
 
 
@@ -171,7 +172,7 @@ class Method:
 # made of a state and its D, so that a pass moves x, both, and what it writes; the first 3 tensors; RK4's last x, three
 # states, D and x written. With velocities three a pass, and RK4's last x, four of them and x written.
 METHODS: dict[str, Method] = {
-    "euler": Method(3, 3, 2, {
+    "euler": Method(3, 3, 2, 1, {
         "ours euler": lambda _: ours("euler", ud.Linear()),
         "ours ddim": lambda _: ours("ddim", ud.Linear()),
         "ours euler, network of velocity": lambda _: ours_network("euler", ud.Linear(), "velocity"),
@@ -183,14 +184,14 @@ METHODS: dict[str, Method] = {
         "flow_matching euler": lambda _: flow_matching("euler"),
         "flow_matching euler, network": lambda _: flow_matching("euler", network=True),
     }),
-    "ddim": Method(3, 3, 2, {
+    "ddim": Method(3, 3, 2, 1, {
         "ours ddim, VP": lambda _: ours("ddim", ud.VP()),
         "ours ddim, VP, network of noise": lambda _: ours_network("ddim", ud.VP(), "noise"),
         "diffusers DDIM": lambda _: diffusers("DDIM"),
         "diffusers DDIM, network": lambda _: diffusers("DDIM", network=True),
         "azula DDIM": lambda _: azula("DDIM"),
     }),
-    "2m": Method(4, 5, 2, {
+    "2m": Method(4, 5, 2, 3, {
         "ours dpmpp-2m": lambda _: ours("dpmpp-2m", ud.Linear()),
         "ours dpmpp-2m, VP": lambda _: ours("dpmpp-2m", ud.VP()),
         "ours dpmpp-2m, VP, network of noise": lambda _: ours_network("dpmpp-2m", ud.VP(), "noise"),
@@ -200,20 +201,20 @@ METHODS: dict[str, Method] = {
         "k-diffusion dpmpp_2m": lambda folder: k_diffusion("dpmpp_2m", folder),
         "azula xEAB(2)": lambda _: azula("xEAB", order=2),
     }),
-    "deis-2": Method(5, 4, 3, {
+    "deis-2": Method(5, 4, 2, 3, {
         "ours deis-2": lambda _: ours("deis-2", ud.Linear()),
         "ours deis-2, VP, network of noise": lambda _: ours_network("deis-2", ud.VP(), "noise"),
         "diffusers DEIS(2)": lambda _: diffusers("DEISMultistep", solver_order=2),
         "diffusers DEIS(2), network": lambda _: diffusers("DEISMultistep", network=True, solver_order=2),
         "azula zEAB(2)": lambda _: azula("zEAB", order=2),
     }),
-    "unipc-2": Method(6, 7, 3, {
+    "unipc-2": Method(6, 7, 2, 4, {
         "ours unipc-2": lambda _: ours("unipc-2", ud.Linear()),
         "ours unipc-2, VP, network of noise": lambda _: ours_network("unipc-2", ud.VP(), "noise"),
         "diffusers UniPC(2)": lambda _: diffusers("UniPCMultistep", solver_order=2),
         "diffusers UniPC(2), network": lambda _: diffusers("UniPCMultistep", network=True, solver_order=2),
     }),
-    "heun": Method(7, 7, 3, {
+    "heun": Method(7, 7, 3, 1, {
         "ours heun": lambda _: ours("heun", ud.Linear()),
         "ours heun, network of velocity": lambda _: ours_network("heun", ud.Linear(), "velocity"),
         "ours edm, Karras": lambda _: ours("edm", ud.Karras()),
@@ -224,13 +225,13 @@ METHODS: dict[str, Method] = {
         "flow_matching heun2": lambda _: flow_matching("heun2"),
         "flow_matching heun2, network": lambda _: flow_matching("heun2", network=True),
     }),
-    "midpoint": Method(7, 6, 3, {
+    "midpoint": Method(7, 6, 3, 1, {
         "ours midpoint": lambda _: ours("midpoint", ud.Linear()),
         "ours midpoint, network of velocity": lambda _: ours_network("midpoint", ud.Linear(), "velocity"),
         "flow_matching midpoint": lambda _: flow_matching("midpoint"),
         "flow_matching midpoint, network": lambda _: flow_matching("midpoint", network=True),
     }),
-    "rk4": Method(17, 15, 5, {
+    "rk4": Method(17, 15, 5, 1, {
         "ours rk4": lambda _: ours("rk4", ud.Linear()),
         "ours rk4, network of velocity": lambda _: ours_network("rk4", ud.Linear(), "velocity"),
         "flow_matching rk4": lambda _: flow_matching("rk4"),
@@ -239,13 +240,13 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def floor(x: Tensor, states: int, steps: int) -> Callable[[], None]:
+def floor(x: Tensor, states: int, answers: int, steps: int) -> Callable[[], None]:
     """`steps` passes that move 3 tensors each, from state to state."""
-    answer, buffers = torch.randn_like(x), [x.clone() for _ in range(states)]
+    known, buffers = [torch.randn_like(x) for _ in range(answers)], [x.clone() for _ in range(states)]
 
     def run() -> None:
         for k in range(steps):
-            torch.add(buffers[k % states], answer, alpha=0.5, out=buffers[(k + 1) % states])
+            torch.add(buffers[k % states], known[k % answers], alpha=0.5, out=buffers[(k + 1) % states])
 
     return run
 
@@ -269,14 +270,15 @@ def measure(rows: list[Row], rounds: int, clock: Callable[[], float]) -> dict[st
     for row in rows:
         row.run()
         row.repeats = max(1, round(_ROUND / max(row.once(clock), 1e-6)))
-    for _ in range(rounds):
-        for row in rows:
+    for k in range(rounds):  # each time another row is the first, which finds the caches cold
+        for row in (*rows[k % len(rows) :], *rows[: k % len(rows)]):
             row.seconds.append(row.once(clock))
     return {row.name: statistics.median(row.seconds) for row in rows}
 
 
 def built(method: Method, folder: Path | None, x: Tensor, answer: Tensor, steps: int) -> list[Row]:
-    found = [Row("floor", floor(x, method.states, steps))]
+    floors = {"floor": 1, "floor with a network": method.answers}
+    found = [Row(name, floor(x, method.states, answers, steps)) for name, answers in floors.items()]
     for name, get in method.rows.items():
         try:
             found.append(Row(name, get(folder)(x, answer, steps)))
@@ -287,14 +289,15 @@ def built(method: Method, folder: Path | None, x: Tensor, answer: Tensor, steps:
 
 def report(name: str, method: Method, shape: tuple[int, ...], took: dict[str, float], steps: int) -> None:
     """A table of one method at one shape, and ours against the fastest peer, with a network and without."""
-    one = took.pop("floor") / steps / 3
-    print(f"\n{name}, {list(shape)}: a tensor moved {one * 1e6:.2f} us\n")
+    moved = [took.pop(floor) / steps / 3 for floor in ("floor", "floor with a network")]
+    words = " and, with a network, ".join(f"{one * 1e6:.2f}" for one in moved)
+    print(f"\n{name}, {list(shape)}: a tensor moved in {words} us\n")
     print("| who | us per step | of the least | of the fastest peer |")
     print("|---|--:|--:|--:|")
     for calls in (False, True):
         rows = {who: seconds / steps for who, seconds in took.items() if ("network" in who) == calls}
         peer = min((step for who, step in rows.items() if not who.startswith("ours")), default=float("nan"))
-        least = one * (method.network if calls else method.tensors)
+        least = moved[calls] * (method.network if calls else method.tensors)
         for who, step in sorted(rows.items(), key=lambda item: (not item[0].startswith("ours"), item[1])):
             print(f"| {who} | {step * 1e6:.1f} | {step / least:.2f} | {step / peer:.2f} |")
 
@@ -307,15 +310,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--keep-memory", action="store_true", help="the C library's allocator keeps what is freed")
+    parser.add_argument("--fused", action="store_true", help="our sums compiled: undiffuse.solvers.fuse_sums")
     parser.add_argument("--k-diffusion", type=Path, help="a checkout of k-diffusion")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     warnings.simplefilter("ignore", FutureWarning)
     kept = words.keep_memory and keep_freed_memory()
+    fuse_sums(words.fused)
     clock = time.process_time if words.threads == 1 else time.perf_counter
     print(
         f"torch {torch.__version__}, {words.threads} thread(s), {words.steps} steps, medians of {words.rounds} rounds, "
-        f"{'processor' if words.threads == 1 else 'wall'}; allocator keeps freed memory: {'yes' if kept else 'no'}"
+        f"{'processor' if words.threads == 1 else 'wall'}; allocator keeps freed memory: {'yes' if kept else 'no'}; "
+        f"our sums compiled: {'yes' if words.fused else 'no'}"
     )
     for text in words.shapes:
         shape = tuple(int(n) for n in text.split(","))

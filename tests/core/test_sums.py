@@ -188,3 +188,64 @@ def test_a_corrected_run_is_the_one_with_the_corrected_state_written_out(points,
 def _scales(path, theta):
     t = path.time_of_angle(torch.tensor(theta, dtype=F64))
     return float(path.alpha(t)), float(path.sigma(t))
+
+
+@pytest.fixture
+def fused(low_border):
+    """Compiled sums; by no compiler, for what it is given is what counts."""
+    torch.compiler.reset()  # what other tests compiled counts towards a limit
+    sums.fuse_sums(backend="eager")
+    yield
+    sums.fuse_sums(on=False)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("terms", [1, 2, 3, 6, 7, 12, 13])
+def test_a_fused_sum_is_the_plain_one_and_a_new_tensor(terms, size):
+    tensors = [numbers(1, size, seed=seed % 5) for seed in range(terms)]
+    tensors[-1] = tensors[0]
+    weights = [(-1) ** k * (0.3 + k) for k in range(terms)]
+    before = [x.clone() for x in tensors]
+    with torch.no_grad():
+        total = weighted_sum(tensors, weights)
+    assert torch.allclose(total, plain(tensors, weights), rtol=0, atol=1e-11)
+    assert total.shape == tensors[0].shape
+    assert all(map(torch.equal, tensors, before))
+    assert all(total.data_ptr() != x.data_ptr() for x in tensors)
+
+
+@pytest.mark.usefixtures("fused")
+def test_large_sums_are_fused_where_no_gradient_is_asked():
+    made = mock.Mock(side_effect=sums._sum)
+    tensors = [numbers(3, 2 * LARGE, seed=seed) for seed in range(3)]
+    with mock.patch.object(sums, "_kernel", made), torch.no_grad():
+        weighted_sum(tensors, WEIGHTS[:3])
+        assert made.call_count == 1
+        weighted_sum(tensors[:2], WEIGHTS[:2])
+        weighted_sum([x[:, ::2] for x in tensors], WEIGHTS[:3])
+        weighted_sum([x[:1, :5] for x in tensors], WEIGHTS[:3])
+        with torch.enable_grad():
+            weighted_sum(tensors, WEIGHTS[:3])
+        assert made.call_count == 1
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("name", ["dpmpp-2m", "deis-3", "unipc-2", "rk4", "heun", "abm-4"])
+def test_a_run_with_fused_sums_is_the_same(name):
+    denoiser, noise = mixture().denoiser(ud.VP()), numbers(40, 2)
+    fused = sample(denoiser, noise=noise, solver=name, steps=7)
+    sums.fuse_sums(on=False)
+    assert torch.allclose(fused, sample(denoiser, noise=noise, solver=name, steps=7), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_sum_is_compiled():
+    tensors = [numbers(16, 4096, seed=seed).float() for seed in range(4)]
+    try:
+        sums.fuse_sums()
+        with torch.no_grad():
+            total = weighted_sum(tensors, WEIGHTS[:4])
+    finally:
+        sums.fuse_sums(on=False)
+    assert torch.allclose(total.to(F64), plain(tensors, WEIGHTS), rtol=0, atol=2e-6)

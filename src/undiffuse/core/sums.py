@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,42 @@ UNIT = 4 * torch.finfo(torch.float64).eps
 _LARGE = 1 << 16
 
 
+_kernel: Callable[..., Tensor] | None = None
+# Terms of a compiled sum at most; longer ones go on from the sum so far. Each number of them is compiled for itself.
+_TERMS = 6
+
+
+def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
+    """Make each sum of three or more large tensors one pass over memory, by `torch.compile`; in the whole process.
+
+    The steps of solvers are such sums. Without it they take a pass for two terms and one for each further term. The
+    first sum of each number of terms takes seconds to compile and needs a C++ compiler, on a GPU Triton. Results
+    change by rounding.
+
+    Args:
+        on: False undoes it.
+        backend: of `torch.compile`.
+    """
+    global _kernel
+    _kernel = torch.compile(_sum, dynamic=True, backend=backend) if on else None
+
+
+def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
+    total = weights[0] * tensors[0]
+    for k, x in enumerate(tensors[1:], start=1):
+        total = total + weights[k] * x
+    return total
+
+
+def _fused(kernel: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    # Rows of numbers that are no views, so that what is compiled fits all shapes.
+    shape, terms, rest = tensors[0].shape, [x.view(-1).data for x in tensors], list(weights)
+    while len(terms) > 1:
+        now = torch.tensor(rest[:_TERMS], dtype=terms[0].dtype, device=terms[0].device)
+        terms, rest = [kernel(now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
+    return terms[0].view(shape)
+
+
 def added(a: float, b: float) -> float:
     """a + b, 0 where all but rounding of them cancels."""
     found = a + b
@@ -32,6 +68,8 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Many numbers on a CPU, without gradients: the first two terms in one pass.
     """
     first, *rest = tensors
+    if _kernel is not None and len(tensors) > 2 and first.numel() >= _LARGE and _flat(tensors, anywhere=True):
+        return _fused(_kernel, tensors, weights)
     if rest and abs(weights[0] - 1) <= UNIT:
         total = torch.add(first, rest.pop(0), alpha=weights[1])
     elif rest and first.numel() >= _LARGE and _flat(tensors[:2]):
@@ -43,11 +81,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _flat(tensors: Sequence[Tensor]) -> bool:
-    """Whether all can be seen as plain rows of the same numbers, of which no gradient is asked."""
-    dtype = tensors[0].dtype
-    alike = all(x.is_contiguous() and x.dtype == dtype and x.device.type == "cpu" for x in tensors)
-    return alike and not torch.is_grad_enabled()
+def _flat(tensors: Sequence[Tensor], anywhere: bool = False) -> bool:
+    """Whether all can be seen as plain rows of the same numbers, without gradients, on a CPU or anywhere."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    alike = all(x.is_contiguous() and x.dtype == dtype and x.device == device for x in tensors)
+    return alike and (anywhere or device.type == "cpu") and not torch.is_grad_enabled()
 
 
 def _two(x: Tensor, a: float, d: Tensor, b: float) -> Tensor:

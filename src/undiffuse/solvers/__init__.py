@@ -1,6 +1,6 @@
 """Floor 3: how noise becomes data. One loop, and solvers that are frozen values."""
 
-from undiffuse.core.sums import combine, weighted_sum
+from undiffuse.core.sums import combine, fuse_sums, weighted_sum
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin, langevin_step
 from undiffuse.solvers.base import Bound, Solver, StreamNoise, rates, scales
@@ -100,6 +100,7 @@ __all__ = [
     "compare",
     "curved_angle",
     "fit_grid",
+    "fuse_sums",
     "get_corrector",
     "get_solver",
     "integrate",
