@@ -166,11 +166,12 @@ class Method:
     rows: dict[str, Callable[[Path | None], Make]]
 
 
-# Euler and DDIM: x, D, and x written. 2M: the D before too; with noise D is written as well. DEIS-2: x and D, and both
-# before; with noise x and two of that. UniPC-2: one pass reads x and three D and writes two, the corrected x and the
-# next; with noise D is written as well. Heun: Euler's 3, then x, both D and x written. Midpoint, RK4: a velocity is
-# made of a state and its D, so that a pass moves x, both, and what it writes; the first 3 tensors; RK4's last x, three
-# states, D and x written. With velocities three a pass, and RK4's last x, four of them and x written.
+# Euler and DDIM: x, D, and x written. 2M: the D before too. DEIS-2: x and D, and both before. UniPC-2: one pass reads x
+# and three D and writes two, the corrected x and the next. Heun: Euler's 3, then x, both D and x written. Midpoint,
+# RK4: a velocity is made of a state and its D, so that a pass moves x, both, and what it writes; the first 3 tensors;
+# RK4's last x, three states, D and x written. With velocities three a pass, and RK4's last x, four of them and x
+# written. With noise a multistep method writes what it keeps of the network's output, which is lent until the next
+# call: 2M and UniPC-2 D, DEIS-2, which then goes by x, the noise and the noise before, that.
 METHODS: dict[str, Method] = {
     "euler": Method(3, 3, 2, 1, {
         "ours euler": lambda _: ours("euler", ud.Linear()),
@@ -201,7 +202,7 @@ METHODS: dict[str, Method] = {
         "k-diffusion dpmpp_2m": lambda folder: k_diffusion("dpmpp_2m", folder),
         "azula xEAB(2)": lambda _: azula("xEAB", order=2),
     }),
-    "deis-2": Method(5, 4, 2, 3, {
+    "deis-2": Method(5, 5, 2, 3, {
         "ours deis-2": lambda _: ours("deis-2", ud.Linear()),
         "ours deis-2, VP, network of noise": lambda _: ours_network("deis-2", ud.VP(), "noise"),
         "diffusers DEIS(2)": lambda _: diffusers("DEISMultistep", solver_order=2),

@@ -12,6 +12,7 @@ import torch
 import undiffuse as ud
 from solvers.measuring import F64, mixture, numbers
 from undiffuse.core import sums
+from undiffuse.core.sums import weighted_sums
 from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, sample, weighted_sum
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
 
@@ -219,7 +220,7 @@ def test_a_fused_sum_is_the_plain_one_and_a_new_tensor(terms, size):
 def test_large_sums_are_fused_where_no_gradient_is_asked():
     made = mock.Mock(side_effect=sums._sum)
     tensors = [numbers(3, 2 * LARGE, seed=seed) for seed in range(3)]
-    with mock.patch.object(sums, "_kernel", made), torch.no_grad():
+    with mock.patch.object(sums, "_kernels", sums._Kernels(made, made)), torch.no_grad():
         weighted_sum(tensors, WEIGHTS[:3])
         assert made.call_count == 1
         weighted_sum(tensors[:2], WEIGHTS[:2])
@@ -230,13 +231,44 @@ def test_large_sums_are_fused_where_no_gradient_is_asked():
         assert made.call_count == 1
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_two_sums_of_the_same_tensors(on, request):
+    request.getfixturevalue("fused" if on else "low_border")
+    tensors, zero = [numbers(3, 2 * LARGE, seed=seed) for seed in range(4)], (0.0, 2.0, 0.0, -0.5)
+    tensors[2] = math.nan * tensors[2] if not on else tensors[2]  # of weight 0, it is left out
+    with torch.no_grad():
+        for one, other in ((WEIGHTS[:4], zero), (zero, (1.0, 0.0, 0.0, 0.0))):
+            found = weighted_sums(tensors, one if on else zero, other)
+            assert torch.allclose(
+                found[0], plain(tensors[1::2], (2.0, -0.5)) if one is zero or not on else plain(tensors, one)
+            )
+            parts = [(x, w) for x, w in zip(tensors, other) if w != 0]
+            assert torch.allclose(found[1], plain(*zip(*parts)))
+
+
 @pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("name", ["dpmpp-2m", "deis-3", "unipc-2", "rk4", "heun", "abm-4"])
 def test_a_run_with_fused_sums_is_the_same(name):
-    denoiser, noise = mixture().denoiser(ud.VP()), numbers(40, 2)
-    fused = sample(denoiser, noise=noise, solver=name, steps=7)
+    exact = mixture().denoiser(ud.VP())
+    network = ud.NetworkDenoiser(Says(exact), ud.VP(), "noise")
+    noise, fields = numbers(40, 2), (exact, network)
+    fused = [sample(field, noise=noise, solver=name, steps=7) for field in fields]
     sums.fuse_sums(on=False)
-    assert torch.allclose(fused, sample(denoiser, noise=noise, solver=name, steps=7), rtol=1e-9, atol=1e-9)
+    for field, x in zip(fields, fused):
+        assert torch.allclose(x, sample(field, noise=noise, solver=name, steps=7), rtol=1e-9, atol=1e-9)
+
+
+class Says(torch.nn.Module):
+    """A network of the noise, its label the time; its answers lie in one buffer."""
+
+    def __init__(self, exact):
+        super().__init__()
+        self.exact, self.buffer = exact, None
+
+    def forward(self, x, label, cond=None):
+        said = self.exact.noise(x, (label / 1000).clamp(min=1e-3))
+        self.buffer = said if self.buffer is None else self.buffer.copy_(said)
+        return self.buffer
 
 
 @pytest.mark.slow

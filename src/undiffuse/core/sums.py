@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,14 @@ UNIT = 4 * torch.finfo(torch.float64).eps
 _LARGE = 1 << 16
 
 
-_kernel: Callable[..., Tensor] | None = None
+class _Kernels(NamedTuple):
+    """A sum, and two sums of the same tensors."""
+
+    one: Callable[..., Tensor]
+    two: Callable[..., tuple[Tensor, Tensor]]
+
+
+_kernels: _Kernels | None = None
 # Terms of a compiled sum at most; longer ones go on from the sum so far. Each number of them is compiled for itself.
 _TERMS = 6
 
@@ -36,8 +44,9 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
         on: False undoes it.
         backend: of `torch.compile`.
     """
-    global _kernel
-    _kernel = torch.compile(_sum, dynamic=True, backend=backend) if on else None
+    global _kernels
+    how: dict[str, Any] = {"dynamic": True, "backend": backend}
+    _kernels = _Kernels(torch.compile(_sum, **how), torch.compile(_sums, **how)) if on else None
 
 
 def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
@@ -47,9 +56,17 @@ def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
     return total
 
 
+def _sums(weights: Tensor, others: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return _sum(weights, *tensors), _sum(others, *tensors)
+
+
+def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of numbers that are no views, so that what is compiled fits all shapes."""
+    return [x.view(-1).data for x in tensors]
+
+
 def _fused(kernel: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    # Rows of numbers that are no views, so that what is compiled fits all shapes.
-    shape, terms, rest = tensors[0].shape, [x.view(-1).data for x in tensors], list(weights)
+    shape, terms, rest = tensors[0].shape, _rows(tensors), list(weights)
     while len(terms) > 1:
         now = torch.tensor(rest[:_TERMS], dtype=terms[0].dtype, device=terms[0].device)
         terms, rest = [kernel(now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
@@ -68,11 +85,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Many numbers on a CPU, without gradients: the first two terms in one pass.
     """
     first, *rest = tensors
-    if _kernel is not None and len(tensors) > 2 and first.numel() >= _LARGE and _flat(tensors, anywhere=True):
-        return _fused(_kernel, tensors, weights)
+    if _kernels is not None and len(tensors) > 2 and _large(tensors):
+        return _fused(_kernels.one, tensors, weights)
     if rest and abs(weights[0] - 1) <= UNIT:
         total = torch.add(first, rest.pop(0), alpha=weights[1])
-    elif rest and first.numel() >= _LARGE and _flat(tensors[:2]):
+    elif rest and first.device.type == "cpu" and _large(tensors[:2]):
         total = _two(first, weights[0], rest.pop(0), weights[1])
     else:
         total = torch.mul(first, weights[0])
@@ -81,11 +98,24 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _flat(tensors: Sequence[Tensor], anywhere: bool = False) -> bool:
-    """Whether all can be seen as plain rows of the same numbers, without gradients, on a CPU or anywhere."""
-    dtype, device = tensors[0].dtype, tensors[0].device
-    alike = all(x.is_contiguous() and x.dtype == dtype and x.device == device for x in tensors)
-    return alike and (anywhere or device.type == "cpu") and not torch.is_grad_enabled()
+def weighted_sums(
+    tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Two sums of the same tensors; in one pass where sums are fused."""
+    if _kernels is not None and 2 <= len(tensors) <= _TERMS and _large(tensors):
+        like, rows = tensors[0], _rows(tensors)
+        both = [torch.tensor(list(w), dtype=like.dtype, device=like.device) for w in (weights, others)]
+        first, second = _kernels.two(*both, *rows)
+        return first.view(like.shape), second.view(like.shape)
+    first, second = ([(x, v) for x, v in zip(tensors, w) if v != 0] for w in (weights, others))
+    return weighted_sum(*zip(*first)), weighted_sum(*zip(*second))
+
+
+def _large(tensors: Sequence[Tensor]) -> bool:
+    """Whether all can be seen as plain rows of the same many numbers, of which no gradient is asked."""
+    first = tensors[0]
+    alike = all(x.is_contiguous() and x.dtype == first.dtype and x.device == first.device for x in tensors)
+    return first.numel() >= _LARGE and alike and not torch.is_grad_enabled()
 
 
 def _two(x: Tensor, a: float, d: Tensor, b: float) -> Tensor:

@@ -30,7 +30,18 @@ from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
 from undiffuse.solvers.noise_share import NoiseShare
-from undiffuse.solvers.past import Past, Value, Weights, added, after, chosen, lengths_of, told_by, total
+from undiffuse.solvers.past import (
+    Past,
+    Value,
+    Weights,
+    added,
+    after,
+    chosen,
+    lengths_of,
+    told_by,
+    total,
+    total_and_newest,
+)
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
 
@@ -195,7 +206,12 @@ class Multistep(Solver):
                 fewer = [self._trusted(field, start, end, levels[:k]) for k in range(1, most)]
                 made = chosen([*fewer, made], counts - 1)
         again = self.corrector and past.x_next is x and past.made is not None
-        moved = total(x, values, after(made, self._correction(field, past, start, levels)) if again else made)
+        weights = after(made, self._correction(field, past, start, levels)) if again else made
+        if value.lent:
+            moved, value = total_and_newest(x, values, weights)
+            values = (value, *past.values)
+        else:
+            moved = total(x, values, weights)
         if self.eta:
             # A corrected step keeps this noise: the correction is added to what was predicted.
             moved = _noised(moved, noise, self.noise_share.step(start, end)[1])
@@ -237,16 +253,23 @@ class Multistep(Solver):
     def _value(self, field: Field, x: Event, answer: Answer, level: Level, t: Tensor) -> Value:
         """P at a level: `(cos(phi) x - N D) / sigma`; D itself where it is -D."""
         if self.prediction == "data":
-            return Value((answer.data(x),), (1.0,))
+            return self._kept(x, answer, (0.0, 1.0))
         if self.prediction == "velocity":
             return self._kept(x, answer, velocity_coefficients(field, t))
         weights = (math.cos(self.phi) / level.sigma, -self._size(level) / (level.sigma * self.unit))
         return self._kept(x, answer, weights)
 
     def _kept(self, x: Event, answer: Answer, weights: tuple[float, float]) -> Value:
-        """A value of x and D: as these, where D is a tensor and it is asked for once more at most, else added up."""
-        if self.points + self.corrector <= 2 and answer.on_x == 0:
-            return Value((x, answer.output), answer.weights(*weights))
+        """A value of x and D: as these, where D is a tensor and it is asked for once more at most, else added up.
+
+        What lies in a network's output is only lent: until the next call.
+        """
+        of_x, of_output = answer.weights(*weights)
+        if answer.on_x == 0 and (of_x, of_output) == (0.0, 1.0):
+            return Value((answer.output,), (1.0,))
+        lent = answer.on_x != 0 and self.miss is None
+        if lent or (self.points + self.corrector <= 2 and answer.on_x == 0):
+            return Value((x, answer.output), (of_x, of_output), lent)
         return Value((answer.plus(x, *weights),), (1.0,))
 
     def _lengths(self, value: Value) -> tuple[Tensor, ...]:

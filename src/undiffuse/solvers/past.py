@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.shapes import pad_to
-from undiffuse.core.sums import weighted_sum
+from undiffuse.core.sums import weighted_sum, weighted_sums
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.polynomials import lagrange
@@ -26,10 +26,11 @@ Weights = tuple[Weight, Sequence[Weight]]
 
 
 class Value(NamedTuple):
-    """An evaluation P as a sum of tensors."""
+    """An evaluation P as a sum of tensors; `lent`: of some that the model's next call may overwrite."""
 
     tensors: tuple[Tensor, ...]
     weights: tuple[float, ...]
+    lent: bool = False
 
 
 class Past(NamedTuple):
@@ -61,9 +62,34 @@ def after(step: Weights, correction: Weights) -> Weights:
 
 def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
     """x and values by their weights; each tensor once, and those of weight 0 not at all."""
+    tensors, factors = _terms(x, values, weights)
+    numbers = [w for w in factors if not isinstance(w, Tensor)]
+    if len(numbers) == len(factors):
+        return weighted_sum(tensors, numbers)
+    # Sums and products, not a contraction: those keep their precision under autocast.
+    each = [pad_to(w.to(x), x) if isinstance(w, Tensor) else x.new_full((), w) for w in factors]
+    out = each[0] * tensors[0]
+    for w, tensor in zip(each[1:], tensors[1:]):
+        out = torch.addcmul(out, w, tensor)
+    return out
+
+
+def total_and_newest(x: Event, values: Sequence[Value], weights: Weights) -> tuple[Event, Value]:
+    """`total`, by weights that are numbers, and the newest value added up, which goes by x and another tensor."""
+    tensors, factors = _terms(x, values, weights)
+    newest = values[0]
+    missing = [tensor for tensor in newest.tensors if not any(tensor is other for other in tensors)]
+    tensors, factors = [*tensors, *missing], [*factors, *[0.0] * len(missing)]
+    own = [sum(w for part, w in zip(*newest[:2]) if part is tensor) for tensor in tensors]
+    moved, made = weighted_sums(tensors, factors, own)
+    return moved, Value((made,), (1.0,))
+
+
+def _terms(x: Event, values: Sequence[Value], weights: Weights) -> tuple[list[Tensor], list[Weight]]:
+    """Each tensor once, and its weight."""
     on_x, tensors, factors = weights[0], [], []
     for value, w in zip(values, weights[1]):
-        for tensor, factor in zip(*value):
+        for tensor, factor in zip(*value[:2]):
             if tensor is x:
                 on_x = on_x + w * factor  # not in place: the weights are kept
             elif isinstance(w, Tensor) or w != 0:
@@ -71,20 +97,13 @@ def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
                 factors.append(w * factor)
     if isinstance(on_x, Tensor) or on_x != 0 or not tensors:
         tensors, factors = [x, *tensors], [on_x, *factors]
-    if any(isinstance(w, Tensor) for w in factors):
-        # Sums and products, not a contraction: those keep their precision under autocast.
-        each = [pad_to(w.to(x), x) if isinstance(w, Tensor) else x.new_full((), w) for w in factors]
-        out = each[0] * tensors[0]
-        for w, tensor in zip(each[1:], tensors[1:]):
-            out = torch.addcmul(out, w, tensor)
-        return out
-    return weighted_sum(tensors, factors)
+    return tensors, factors
 
 
 @torch.no_grad()
 def lengths_of(value: Value) -> Float[Tensor, " b"]:
     """The Euclidean length of each sample's."""
-    x = value.tensors[0] if value.weights == (1.0,) else weighted_sum(*value)
+    x = value.tensors[0] if value.weights == (1.0,) else weighted_sum(*value[:2])
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
@@ -107,9 +126,10 @@ def told_by(
     counts = None
     for count in range(most, 1, -1):
         weights = (1.0, *(-w for w in _ahead(tuple(places[: count + 1]))))
-        tensors = [(tensor, w * factor) for value, w in zip(values, weights) for tensor, factor in zip(*value)]
+        tensors = [(tensor, w * factor) for value, w in zip(values, weights) for tensor, factor in zip(*value[:2])]
         # Not where it is NaN, which the run will name.
-        lost = lengths_of(Value(*zip(*tensors))) > allowed
+        parts, shares = zip(*tensors)
+        lost = lengths_of(Value(parts, shares)) > allowed
         if counts is not None:
             lost &= counts == count
         if not bool(lost.any()):
