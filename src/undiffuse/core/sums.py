@@ -49,6 +49,11 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
     _kernels = _Kernels(torch.compile(_sum, **how), torch.compile(_sums, **how)) if on else None
 
 
+def fusing() -> bool:
+    """Whether `fuse_sums` is on."""
+    return _kernels is not None
+
+
 def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
     total = weights[0] * tensors[0]
     for k, x in enumerate(tensors[1:], start=1):

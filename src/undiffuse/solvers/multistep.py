@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
-from undiffuse.core.sums import weighted_sum
+from undiffuse.core.sums import fusing, weighted_sum
 from undiffuse.fields import Answer
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask
@@ -262,12 +262,13 @@ class Multistep(Solver):
     def _kept(self, x: Event, answer: Answer, weights: tuple[float, float]) -> Value:
         """A value of x and D: as these, where D is a tensor and it is asked for once more at most, else added up.
 
-        What lies in a network's output is only lent: until the next call.
+        What lies in a network's output is only lent: until the next call. Where sums are fused it is added up with the
+        step, in one pass.
         """
         of_x, of_output = answer.weights(*weights)
         if answer.on_x == 0 and (of_x, of_output) == (0.0, 1.0):
             return Value((answer.output,), (1.0,))
-        lent = answer.on_x != 0 and self.miss is None
+        lent = fusing() and answer.on_x != 0 and self.miss is None
         if lent or (self.points + self.corrector <= 2 and answer.on_x == 0):
             return Value((x, answer.output), (of_x, of_output), lent)
         return Value((answer.plus(x, *weights),), (1.0,))
