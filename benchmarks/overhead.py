@@ -157,6 +157,7 @@ class Method:
         tensors: moved in a step where the answers are E[x_0].
         network: moved where they are velocities, or noise.
         states: how many x it has at a time, the one that is written among them.
+        answers: how many tensors of answers with a network; without it is one.
     """
 
     tensors: int

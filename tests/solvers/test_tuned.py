@@ -177,7 +177,7 @@ def test_angles_are_moved_within_the_path(path):
         mixture().denoiser(path),
         linear_table(Multistep(), path, 6, (2,), make_grid(path, 6, "angle")).angles,
     )
-    places = tuning._Places(denoiser, angles)
+    places = tuning._Angles(denoiser, angles)
     assert places(np.zeros(4)) == pytest.approx(angles, abs=4e-3)  # none nearer to the top than a gap of 1e-3
     top, low = path.angle(torch.tensor([path.t_max, denoiser.t_low], dtype=F64)).tolist()
     for z in np.random.default_rng(0).normal(size=(20, 4)):

@@ -18,13 +18,11 @@ from undiffuse.solvers.ends import Ends, check_counts, relative, squares
 from undiffuse.solvers.grids import GRIDS, Grid, make_grid
 from undiffuse.solvers.integrate import get_solver
 from undiffuse.solvers.optimised_grid import OptimisedGrid
+from undiffuse.solvers.places import Places
 from undiffuse.solvers.sampling import sample
 from undiffuse.solvers.tuned import MOST_CALLS, profile_of
 
 LEAST = 16
-# Gaps are of the angle's square root, where grids of few steps are nearly equal; each is so much of the whole at least,
-# at the beginning.
-_POWER, _APART = 0.5, 1e-3
 # A gap's logarithm is moved by so much for a difference, and by this at most in a round.
 _MOVED, _LONGEST = 1e-3, 0.7
 # Below so much of the start's median error an error counts as none.
@@ -199,19 +197,12 @@ class _Form:
 
     def __init__(self, denoiser: Denoiser, start: Grid):
         self.path = denoiser.path
-        low = max(self.path.t_min, min(denoiser.t_low, self.path.t_max))
-        first, last = self.path.angle(torch.tensor([self.path.t_max, low], dtype=torch.float64)) ** _POWER
-        self.first, self.span = first, first - last
-        places = torch.cat([first[None], self.path.angle(start[1:-1]) ** _POWER, last[None]])
-        self.gaps = (places[:-1] - places[1:]).clamp(min=_APART * float(self.span))
-        self.zero = torch.zeros_like(self.gaps)
+        self.places = Places(denoiser, self.path.angle(start[1:-1]))
+        self.zero = torch.zeros_like(self.places.gaps)
 
     def __call__(self, z: Tensor) -> Grid:
-        gaps = self.gaps * torch.exp(z)
-        places = self.first - self.span * gaps.cumsum(0)[:-1] / gaps.sum()
-        inner = self.path.time_of_angle(places ** (1 / _POWER))
         ends = torch.tensor([self.path.t_max, self.path.t_min], dtype=torch.float64)
-        return torch.cat([ends[:1], inner, ends[1:]])
+        return torch.cat([ends[:1], self.path.time_of_angle(self.places(z)), ends[1:]])
 
 
 def _descent(

@@ -23,13 +23,11 @@ from undiffuse.solvers.during import evaluating
 from undiffuse.solvers.ends import Ends, check_counts, noises, relative, squares
 from undiffuse.solvers.grids import make_grid
 from undiffuse.solvers.integrate import get_solver
+from undiffuse.solvers.places import Places
 from undiffuse.solvers.sampling import sample
 from undiffuse.solvers.tuned import MOST_CALLS, Tuned, linear_table, prediction_of
 
 LEAST = 32
-# Angles are moved in their square root, where grids of few steps are nearly equal; so much of the whole, at least, lies
-# between two of them at the beginning.
-_POWER, _APART = 0.5, 1e-3
 # A generation of grids, the best of it that say where the next one is, how far the first is spread, and the least that
 # a later one is. A search ends when the score has not fallen by this much in so many generations.
 _GENERATION, _BEST, _SPREAD, _NARROWEST, _FALL, _PATIENCE = 24, 6, 0.4, 0.02, 0.01, 2
@@ -124,7 +122,7 @@ def tune(
         regression = _Regression(denoiser, curves, n // 2, scored, batch)
         best, solver, grid, tried = before, first, next(iter(tables)), 0
         for k, (name, table) in enumerate(tables.items()):
-            places = _Places(denoiser, table.angles)
+            places = _Angles(denoiser, table.angles)
 
             def told(count: int, least: float, done: int = k * most_steps, best: float = best) -> None:
                 error = math.exp(min(least, best) - before)
@@ -179,28 +177,21 @@ def _score(distances: Tensor) -> float:
     return math.inf if math.isnan(value) else value
 
 
-class _Places:
+class _Angles:
     """Angles as a point z of four numbers; 0 is the start.
 
-    The first moves the logarithm of the first gap between the angles' square roots, the others those of the rest by
-    Legendre's polynomials of degree 1 to 3 in the number of the gap.
+    The first moves the logarithm of the first gap, the others those of the rest by Legendre's polynomials of degree 1
+    to 3 in the number of the gap.
     """
 
     def __init__(self, denoiser: Denoiser, angles: Sequence[float]):
-        path = denoiser.path
-        low = max(path.t_min, min(denoiser.t_low, path.t_max))
-        top, bottom = (path.angle(torch.tensor([path.t_max, low], dtype=torch.float64)) ** _POWER).numpy()
-        places = np.array([top, *np.array(angles) ** _POWER, bottom])
-        self.top, self.span = top, top - bottom
-        self.gaps = (places[:-1] - places[1:]).clip(min=_APART * self.span)
-        rest = legendre.legvander(np.linspace(-1, 1, len(angles)), _NUMBERS - 1)[:, 1:]
-        self.moves = np.zeros((len(self.gaps), _NUMBERS))
-        self.moves[0, 0], self.moves[1:, 1:] = 1, rest
+        self.places, n = Places(denoiser, angles), len(angles)
+        self.moves = np.zeros((n + 1, _NUMBERS))
+        self.moves[0, 0] = 1
+        self.moves[1:, 1:] = legendre.legvander(np.linspace(-1, 1, n), _NUMBERS - 1)[:, 1:]
 
     def __call__(self, z: Point) -> list[float]:
-        gaps = self.gaps * np.exp(self.moves @ z)
-        places = self.top - self.span * gaps.cumsum()[:-1] / gaps.sum()
-        return (places ** (1 / _POWER)).tolist()
+        return self.places(torch.from_numpy(self.moves @ z)).tolist()
 
 
 class _Regression:
