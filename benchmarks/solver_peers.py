@@ -3,7 +3,7 @@
 Each starts exactly on the true trajectory at its own first scales, and what it returns is compared with the true end:
 its error is that of its steps and of its own stopping rule. "exact": the model is told the scheduler's sigma rather
 than its time, which diffusers rounds. The rows are those that were best at some number of calls among about 8,000
-pairs of solver and schedule (all four libraries and EDM), and the best of each library.
+pairs of solver and schedule (all four libraries and EDM), the best of each library, and what is usual for networks.
 """
 
 from __future__ import annotations
@@ -157,16 +157,18 @@ def k_diffusion_sampling(folder: Path | None) -> Any:
     return module
 
 
-def k_diffusion(folder: Path | None, low: float) -> Peer:
+def k_diffusion(folder: Path | None, sampler: str, schedule: str, low: float, stages: int = 1, **options: Any) -> Peer:
+    """With n calls: `n / stages` steps of an equal number of calls, but for the last, which is Euler's."""
+
     def run(case: Case, calls: int) -> Tensor:
         peer = k_diffusion_sampling(folder)
-        sigmas = peer.get_sigmas_exponential(calls, low, 80.0).double()
-        walk = peer.sample_dpmpp_3m_sde
-        none = lambda *_: 0.0  # noqa: E731
-        x = case.start(1, sigmas[0])
-        return walk(lambda x, s: case.mean(x, 1, s[0]), x, sigmas, disable=True, eta=0.0, noise_sampler=none)
+        steps = (calls + stages - 1) // stages
+        sigmas = getattr(peer, f"get_sigmas_{schedule}")(steps, low, 80.0).double()
+        x, walk = case.start(1, sigmas[0]), getattr(peer, f"sample_{sampler}")
+        return walk(lambda x, s: case.mean(x, 1, s[0]), x, sigmas, disable=True, **options)
 
-    return Peer("k-diffusion", f"dpmpp_3m_sde(eta 0) exponential({low:g}, 80)", run)
+    words = "(eta 0)" if "eta" in options else ""
+    return Peer("k-diffusion", f"{sampler}{words} {schedule}({low:g}, 80)", run)
 
 
 # ---------------------------------------------------------------------- the rows
@@ -175,7 +177,8 @@ _EXPONENTIAL = {"use_exponential_sigmas": True}
 _FLOW = {"use_flow_sigmas": True}
 
 
-def peers(k_diffusion_folder: Path | None = None) -> list[Peer]:
+def peers(folder: Path | None = None) -> list[Peer]:
+    """`folder`: a checkout of k-diffusion."""
     multistep, unipc = "DPMSolverMultistep", "UniPCMultistep"
     return [
         *(azula("zEAB", 3, "VE", low, 80) for low in (0.002, 0.01, 0.03)),
@@ -215,5 +218,10 @@ def peers(k_diffusion_folder: Path | None = None) -> list[Peer]:
         flow_matching("midpoint", 2),
         flow_matching("heun3", 3),
         flow_matching("rk4", 4),
-        k_diffusion(k_diffusion_folder, 0.03),
+        k_diffusion(folder, "dpmpp_3m_sde", "exponential", 0.03, eta=0.0, noise_sampler=lambda *_: 0.0),
+        # What is usual for networks.
+        *(k_diffusion(folder, "dpmpp_2m", schedule, 0.002) for schedule in ("karras", "exponential")),
+        k_diffusion(folder, "heun", "karras", 0.002, stages=2),
+        diffusers("DPMSolver++(2) karras", multistep, exact=True, solver_order=2, use_karras_sigmas=True),
+        diffusers("UniPC(2) karras", unipc, exact=True, solver_order=2, use_karras_sigmas=True),
     ]

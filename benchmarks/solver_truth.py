@@ -95,6 +95,16 @@ def cached(file: Path, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tup
     return states, end
 
 
+def check_noisy(alpha: float, sigma: float) -> None:
+    """Refuse a start from much signal.
+
+    Raises:
+        ValueError: sigma / alpha below `NOISIEST`.
+    """
+    if math.atan2(sigma, alpha) < math.atan(NOISIEST) - 1e-12:
+        raise ValueError(f"the run starts at sigma / alpha = {sigma / alpha:.3g}, below {NOISIEST:g}: too easy")
+
+
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undiffuse" / "benchmarks"
 
@@ -106,6 +116,7 @@ class Case:
     Attributes:
         law: whose exact field is asked.
         states, end: as of `trajectories`.
+        cond: of every row; an exact world has none.
         calls: how often `both` was asked since it was last set to 0.
     """
 
@@ -113,6 +124,7 @@ class Case:
     law: Law
     states: Tensor
     end: Tensor
+    cond: Tensor | None = None
     calls: int = 0
 
     @classmethod
@@ -124,6 +136,10 @@ class Case:
         file = folder / f"flow-{name}-seed{seed}-{count}-rtol{_RTOL:g}.npz"
         states, end = cached(file, lambda: trajectories(law, noise))
         return cls(name, law, torch.from_numpy(states), torch.from_numpy(end))
+
+    def field(self, path: ud.Path) -> ud.Denoiser:
+        """What `ud.sample` is given."""
+        return self.law.denoiser(path)
 
     def both(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """`E[x_0 | x]` and `E[eps | x]` for `x = alpha x_0 + sigma eps`, one call; for scales of any schedule."""
@@ -143,10 +159,8 @@ class Case:
             ValueError: sigma / alpha below `NOISIEST`.
         """
         alpha, sigma = float(alpha), float(sigma)
-        theta = math.atan2(sigma, alpha)
-        known = nodes()
-        if theta < known[-1] - 1e-12:
-            raise ValueError(f"the run starts at sigma / alpha = {sigma / alpha:.3g}, below {NOISIEST:g}: too easy")
+        check_noisy(alpha, sigma)
+        theta, known = math.atan2(sigma, alpha), nodes()
         # Barycentric weights of Chebyshev's points (Berrut and Trefethen 2004, eq. 5.4).
         weights = (-1.0) ** np.arange(len(known))
         weights[[0, -1]] *= 0.5

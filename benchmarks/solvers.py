@@ -1,13 +1,16 @@
-"""Error by network calls: our solvers beside diffusers, azula, flow_matching and k-diffusion, on two exact worlds.
+"""Error by network calls: our solvers beside diffusers, azula, flow_matching and k-diffusion, on two exact worlds or
+on a trained network.
 
     python benchmarks/solvers.py                   # ring and digits, peers and ours, some 3 minutes of one core
+    python benchmarks/solvers.py --run runs/digits-20260101-120000 --noises 64
     python benchmarks/solvers.py --scan            # every choice in OURS, no peers: the best for each number of calls
     python benchmarks/solvers.py --worlds ring --only zEAB dpmpp --json out.json
 
 Error is `RMS(x - truth) / RMS(truth)` over all trajectories, and that of the median trajectory (its `|x - truth|` over
 the RMS length of truth). Truth is DOP853 at rtol 1e-11 in the angle, from the same pure noise to sigma = 0, computed
-once and kept in --cache. Every run starts exactly on the true trajectory, where its path or schedule begins; of
-methods with more than one call a step, the largest count not above the column. k-diffusion is taken from an
+once and kept in --cache; of a network, which answers in float32, 500 steps of the classical Runge-Kutta method there,
+beside which 200 of `abm-4` are shown. Every run starts exactly on the true trajectory, where its path or schedule
+begins; of methods with more than one call a step, the largest count not above the column. k-diffusion is taken from an
 installation or from --k-diffusion FOLDER (git clone https://github.com/crowsonkb/k-diffusion).
 
 To add a choice, add a line to OURS. The default run takes those named in CONTENDERS, found by --scan.
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from solver_networks import NetworkCase
 from solver_peers import Peer, peers
 from solver_truth import WORLDS, Case, default_cache
 from torch import Tensor
@@ -70,10 +74,12 @@ class Ours:
         """The record of a run of the first `rows` trajectories."""
         end = torch.tensor(self.path.t_max, dtype=torch.float64)
         noise = case.start(self.path.alpha(end), self.path.sigma(end))[:rows]
+        cond = None if case.cond is None else case.cond[:rows]
         grid = self.grid(self.path, steps) if callable(self.grid) else self.grid
         chosen = {} if self.solver is None else {"solver": self.solver}
-        field = case.law.denoiser(self.path)
-        return ud.sample(field, noise=noise, steps=steps, grid=grid, seed=0, return_info=True, **chosen)
+        return ud.sample(
+            case.field(self.path), noise=noise, cond=cond, steps=steps, grid=grid, seed=0, return_info=True, **chosen
+        )
 
     def run(self, case: Case, calls: int) -> Tensor | None:
         """The end of the run with the most steps that takes no more calls, None where one step takes more."""
@@ -102,7 +108,6 @@ def multistep(points: int, turn: float, power: float, start: float) -> Ours:
 
 
 PATHS = (ud.Linear(), ud.Karras(), ud.VP())
-DEFAULTS = [Ours(None, None, path) for path in PATHS]
 OURS: list[Ours] = [
     Ours(solver, grid, path)
     for solver in ("ddim", "dpmpp-2m", "edm", "euler", "heun")
@@ -128,9 +133,19 @@ OURS += [
 # What the default run takes of them, by name; all where it is empty.
 CONTENDERS: tuple[str, ...] = ("dpmpp-2m time Linear", *(str(choice) for choice in OURS[90:]))
 
+# On a network's own path, beside them.
+FOR_NETWORKS = ("deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3")
 
-def contenders() -> list[Ours]:
-    return [choice for choice in OURS if not CONTENDERS or str(choice) in CONTENDERS]
+
+def contenders(case: Case) -> list[Ours]:
+    found = [choice for choice in OURS if not CONTENDERS or str(choice) in CONTENDERS]
+    if isinstance(case, NetworkCase):
+        found += [Ours(solver, grid, case.path) for solver in FOR_NETWORKS for grid in (None, "half-log-snr", "karras")]
+    return found
+
+
+def defaults(case: Case) -> list[Ours]:
+    return [Ours(None, None, path) for path in ([case.path] if isinstance(case, NetworkCase) else PATHS)]
 
 
 def measure(case: Case, rows: list[Any], calls: tuple[int, ...]) -> Errors:
@@ -195,12 +210,14 @@ def show_scan(case: Case, calls: tuple[int, ...], found: Errors, places: int) ->
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
-    parser.add_argument("--noises", type=int, help="trajectories; by default 1,024 of the ring, 512 of the digits")
+    parser.add_argument("--run", type=Path, help="a run folder: its network in place of the worlds")
+    parser.add_argument("--noises", type=int, help="trajectories; by default 1,024 of the ring, 512 of the digits, 64")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS))
     parser.add_argument("--seed", type=int, default=0, help="of the noises")
     parser.add_argument("--scan", action="store_true", help="all of OURS, without the peers")
     parser.add_argument("--places", type=int, default=5, help="how many the scan prints for each number of calls")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name contains one of these words")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the true trajectories")
     parser.add_argument("--k-diffusion", type=Path, help="a checkout of k-diffusion")
     parser.add_argument("--json", type=Path, help="file for every error measured")
@@ -209,7 +226,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     words = options()
-    torch.set_num_threads(1)
+    torch.set_num_threads(words.threads)
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, about its own options
     calls = tuple(words.calls)
 
@@ -217,16 +234,21 @@ def main() -> None:
         return [row for row in rows if not words.only or any(word in str(row) for word in words.only)]
 
     record: dict[str, Errors] = {}
-    for name in words.worlds:
+    for name in words.worlds if words.run is None else [words.run.name]:
         began = time.process_time()
-        case = Case.load(name, words.noises, words.seed, words.cache)
+        if words.run is None:
+            case = Case.load(name, words.noises, words.seed, words.cache)
+        else:
+            case = NetworkCase(words.run, words.noises or 64, words.seed)
+            apart = case.errors(Ours("abm-4", None, ud.Linear()).sample(case, 200).x)
+            print(f"{name}: 200 steps of abm-4 are at {apart[0]:.1e} (RMS), {apart[1]:.1e} (median) of the truth")
         if words.scan:
-            found = measure(case, chosen([*OURS, *DEFAULTS]), calls)
+            found = measure(case, chosen([*OURS, *defaults(case)]), calls)
             show_scan(case, calls, found, words.places)
             record[name] = found
         else:
             theirs: list[Peer] = peers(words.k_diffusion)
-            sides = [measure(case, chosen(rows), calls) for rows in (theirs, contenders(), DEFAULTS)]
+            sides = [measure(case, chosen(rows), calls) for rows in (theirs, contenders(case), defaults(case))]
             show(case, calls, *sides)
             record[name] = {who: own for side in sides for who, own in side.items()}
         print(f"\n{time.process_time() - began:.0f} s of the processor")

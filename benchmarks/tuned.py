@@ -54,13 +54,13 @@ def main() -> None:
     end = torch.tensor(path.t_max, dtype=torch.float64)
     for world in words.worlds:
         case = Case.load(world, words.noises, words.seed, words.cache)
-        field, noise = case.law.denoiser(path), case.start(path.alpha(end), path.sigma(end))
+        field, noise = case.field(path), case.start(path.alpha(end), path.sigma(end))
         print(f"\n## {world}, {len(noise)} noises of seed {words.seed}, tuned on {words.n} of seed {words.tune_seed}\n")
         print("| calls | measure | best peer | default | tuned | tuned / default | tuned / peer | seconds |")
         print("|--:|---|--:|--:|--:|--:|--:|--:|")
         for calls in words.calls:
             began = time.process_time()
-            solver = ud.tune(field, case.law.event, calls, n=words.n, seed=words.tune_seed)
+            solver = ud.tune(field, case.end.shape[1:], calls, n=words.n, seed=words.tune_seed)
             spent = time.process_time() - began
             before = case.errors(ud.sample(field, noise=noise, steps=calls))
             after = case.errors(ud.sample(field, noise=noise, solver=solver))
