@@ -35,13 +35,16 @@ class NetworkCase(Case):
 
     def __init__(self, folder: Path, count: int, seed: int):
         run = ud.load_run(folder)
-        self.name, self.calls, classes = folder.name, 0, run.facts.num_classes
-        self.cond = None if classes is None else torch.arange(count) % classes
+        self.name, self.calls, self.classes = folder.name, 0, run.facts.num_classes
+        self.cond = self.labels(count)
         self.source = _Single(run.denoiser())
         self.path = self.source.path
         self.noise = ud.Streams.of(seed, count).normal((count, *run.facts.shape), dtype=torch.float64)
         self.starts: dict[float, Tensor] = {1.0: self.noise}
         self.end = self.along(ud.make_grid(ud.Trig(), _STEPS, "angle"))
+
+    def labels(self, count: int) -> Tensor | None:
+        return None if self.classes is None else torch.arange(count) % self.classes
 
     def field(self, path: ud.Path) -> ud.Denoiser:
         return ud.on_path(self.source, path)
