@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 import torch
-from solver_truth import Case, check_noisy
+from solver_truth import Setting, check_noisy
 from torch import Tensor
 
 import undiffuse as ud
@@ -30,12 +30,12 @@ class _Single(ud.Denoiser):
         return self.source(x_t.float(), t, cond).to(x_t)
 
 
-class NetworkCase(Case):
+class NetworkCase(Setting):
     """The network of a run folder; row k is of class k modulo their number."""
 
     def __init__(self, folder: Path, count: int, seed: int):
         run = ud.load_run(folder)
-        self.name, self.calls, self.classes = folder.name, 0, run.facts.num_classes
+        self.name, self.classes = folder.name, run.facts.num_classes
         self.cond = self.labels(count)
         self.source = _Single(run.denoiser())
         self.path = self.source.path

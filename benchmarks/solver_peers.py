@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from solver_truth import Case
+from solver_truth import Setting
 from torch import Tensor
 
 # A run of at most so many calls: what it returns, or None where the method needs more.
-Run = Callable[[Case, int], Tensor | None]
+Run = Callable[[Setting, int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Peer:
 
 
 def azula(sampler: str, order: int, schedule: str, low: float, high: float) -> Peer:
-    def run(case: Case, calls: int) -> Tensor:
+    def run(case: Setting, calls: int) -> Tensor:
         samplers = importlib.import_module("azula.sample")
         peers = importlib.import_module("azula.denoise")
         scales = getattr(importlib.import_module("azula.noise"), f"{schedule}Schedule")(low, high)
@@ -71,7 +71,7 @@ def diffusers(name: str, scheduler: str, exact: bool = False, **options: Any) ->
     def scales(sigma: float) -> tuple[float, float]:
         return (1 - sigma, sigma) if flow else ((1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5)
 
-    def run(case: Case, calls: int) -> Tensor:
+    def run(case: Setting, calls: int) -> Tensor:
         made = getattr(importlib.import_module("diffusers"), f"{scheduler}Scheduler")(**options)
         made.set_timesteps(calls)
         table = ((1 - made.alphas_cumprod.double()) / made.alphas_cumprod.double()).sqrt()
@@ -88,7 +88,7 @@ def diffusers(name: str, scheduler: str, exact: bool = False, **options: Any) ->
 
 
 def diffusers_edm(name: str, **options: Any) -> Peer:
-    def run(case: Case, calls: int) -> Tensor:
+    def run(case: Setting, calls: int) -> Tensor:
         made = importlib.import_module("diffusers").EDMDPMSolverMultistepScheduler(**options)
         made.set_timesteps(calls)
         x, scale = case.start(1, float(made.sigmas[0])), made.config["sigma_data"]
@@ -107,7 +107,7 @@ def diffusers_edm(name: str, **options: Any) -> Peer:
 
 
 def flow_matching(method: str, stages: int) -> Peer:
-    def run(case: Case, calls: int) -> Tensor | None:
+    def run(case: Setting, calls: int) -> Tensor | None:
         steps = calls // stages
         if steps == 0:
             return None
@@ -160,7 +160,7 @@ def k_diffusion_sampling(folder: Path | None) -> Any:
 def k_diffusion(folder: Path | None, sampler: str, schedule: str, low: float, stages: int = 1, **options: Any) -> Peer:
     """With n calls: `n / stages` steps of an equal number of calls, but for the last, which is Euler's."""
 
-    def run(case: Case, calls: int) -> Tensor:
+    def run(case: Setting, calls: int) -> Tensor:
         peer = k_diffusion_sampling(folder)
         steps = (calls + stages - 1) // stages
         sigmas = getattr(peer, f"get_sigmas_{schedule}")(steps, low, 80.0).double()

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,23 +110,58 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undiffuse" / "benchmarks"
 
 
+class Setting(ABC):
+    """What a run starts from, asks of the field, and is compared with.
+
+    Attributes:
+        name: in words.
+        end: the true ends.
+        cond: of every row, or none.
+        calls: how often `both` was asked since it was last set to 0.
+    """
+
+    name: str
+    end: Tensor
+    cond: Tensor | None = None
+    calls: int = 0
+
+    @abstractmethod
+    def field(self, path: ud.Path) -> ud.Denoiser:
+        """What `ud.sample` is given."""
+
+    @abstractmethod
+    def both(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`E[x_0 | x]` and `E[eps | x]` for `x = alpha x_0 + sigma eps`, one call; for scales of any schedule."""
+
+    @abstractmethod
+    def start(self, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+        """The true x at these scales.
+
+        Raises:
+            ValueError: sigma / alpha below `NOISIEST`.
+        """
+
+    def mean(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+        """The first of `both`."""
+        return self.both(x, alpha, sigma)[0]
+
+    def errors(self, x: Tensor) -> tuple[float, float]:
+        return errors(x, self.end)
+
+
 @dataclass
-class Case:
-    """A world with its true trajectories: what a run starts from, asks of the field, and is compared with.
+class Case(Setting):
+    """A world with its true trajectories.
 
     Attributes:
         law: whose exact field is asked.
         states, end: as of `trajectories`.
-        cond: of every row; an exact world has none.
-        calls: how often `both` was asked since it was last set to 0.
     """
 
     name: str
     law: Law
     states: Tensor
     end: Tensor
-    cond: Tensor | None = None
-    calls: int = 0
 
     @classmethod
     def load(cls, name: str, count: int | None, seed: int, folder: Path) -> Case:
@@ -138,26 +174,16 @@ class Case:
         return cls(name, law, torch.from_numpy(states), torch.from_numpy(end))
 
     def field(self, path: ud.Path) -> ud.Denoiser:
-        """What `ud.sample` is given."""
         return self.law.denoiser(path)
 
     def both(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-        """`E[x_0 | x]` and `E[eps | x]` for `x = alpha x_0 + sigma eps`, one call; for scales of any schedule."""
         self.calls += 1
         signal, noise = (torch.as_tensor(float(v), dtype=torch.float64) for v in (alpha, sigma))
         x_0, pull = self.law.posterior_means(x.to(torch.float64), signal, noise, None)
         return x_0, noise * pull
 
-    def mean(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """The first of `both`."""
-        return self.both(x, alpha, sigma)[0]
-
     def start(self, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """The true x at these scales, by the polynomial through the nodes.
-
-        Raises:
-            ValueError: sigma / alpha below `NOISIEST`.
-        """
+        """By the polynomial through the nodes."""
         alpha, sigma = float(alpha), float(sigma)
         check_noisy(alpha, sigma)
         theta, known = math.atan2(sigma, alpha), nodes()
@@ -171,9 +197,6 @@ class Case:
             shares = torch.from_numpy(weights / gaps / (weights / gaps).sum())
             y = torch.einsum("k,kbd->bd", shares, self.states)
         return y * math.hypot(alpha, sigma)
-
-    def errors(self, x: Tensor) -> tuple[float, float]:
-        return errors(x, self.end)
 
 
 def errors(x: Tensor, truth: Tensor) -> tuple[float, float]:

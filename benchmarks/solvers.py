@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from solver_networks import NetworkCase
 from solver_peers import Peer, peers
-from solver_truth import WORLDS, Case, default_cache
+from solver_truth import WORLDS, Case, Setting, default_cache
 from torch import Tensor
 
 import undiffuse as ud
@@ -70,7 +70,7 @@ class Ours:
         grid = self.grid if isinstance(self.grid, str) else "own" if self.grid is None else self.grid.__name__
         return f"{self.note or self.solver} {grid} {type(self.path).__name__}"
 
-    def sample(self, case: Case, steps: int, rows: int | None = None) -> Any:
+    def sample(self, case: Setting, steps: int, rows: int | None = None) -> Any:
         """The record of a run of the first `rows` trajectories."""
         end = torch.tensor(self.path.t_max, dtype=torch.float64)
         noise = case.start(self.path.alpha(end), self.path.sigma(end))[:rows]
@@ -81,7 +81,7 @@ class Ours:
             case.field(self.path), noise=noise, cond=cond, steps=steps, grid=grid, seed=0, return_info=True, **chosen
         )
 
-    def run(self, case: Case, calls: int) -> Tensor | None:
+    def run(self, case: Setting, calls: int) -> Tensor | None:
         """The end of the run with the most steps that takes no more calls, None where one step takes more."""
         for steps in range(calls, 0, -1):
             try:
@@ -137,18 +137,18 @@ CONTENDERS: tuple[str, ...] = ("dpmpp-2m time Linear", *(str(choice) for choice 
 FOR_NETWORKS = ("deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3")
 
 
-def contenders(case: Case) -> list[Ours]:
+def contenders(case: Setting) -> list[Ours]:
     found = [choice for choice in OURS if not CONTENDERS or str(choice) in CONTENDERS]
     if isinstance(case, NetworkCase):
         found += [Ours(solver, grid, case.path) for solver in FOR_NETWORKS for grid in (None, "half-log-snr", "karras")]
     return found
 
 
-def defaults(case: Case) -> list[Ours]:
+def defaults(case: Setting) -> list[Ours]:
     return [Ours(None, None, path) for path in ([case.path] if isinstance(case, NetworkCase) else PATHS)]
 
 
-def measure(case: Case, rows: list[Any], calls: tuple[int, ...]) -> Errors:
+def measure(case: Setting, rows: list[Any], calls: tuple[int, ...]) -> Errors:
     """Errors of each row at each number of calls; a row whose library is missing is left out, with a line."""
     found: Errors = {}
     for place, row in enumerate(rows, 1):
@@ -178,7 +178,7 @@ def geometric_mean(own: Mapping[int, tuple[float, float]], measure: int = 1) -> 
     return statistics.geometric_mean(values) if values and max(values) < math.inf else math.inf
 
 
-def show(case: Case, calls: tuple[int, ...], theirs: Errors, ours: Errors, default: Errors) -> None:
+def show(case: Setting, calls: tuple[int, ...], theirs: Errors, ours: Errors, default: Errors) -> None:
     """Two tables, by RMS and by median: the best peer, the best of ours, the defaults, and ratios to the best peer."""
     print(f"\n## {case.name}, {len(case.end)} noises")
     for k, name in enumerate(MEASURES):
@@ -195,7 +195,7 @@ def show(case: Case, calls: tuple[int, ...], theirs: Errors, ours: Errors, defau
             print(f"- {mean:.2e}, {geometric_mean(side[name], 0):.2e}  {name}")
 
 
-def show_scan(case: Case, calls: tuple[int, ...], found: Errors, places: int) -> None:
+def show_scan(case: Setting, calls: tuple[int, ...], found: Errors, places: int) -> None:
     print(f"\n## {case.name}, {len(case.end)} noises, {len(found)} choices")
     for k, name in enumerate(MEASURES):
         print(f"\nBy {name}:")

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,57 @@ def test_a_truth_is_computed_once(truth, tmp_path):
         assert end.shape == (3, 1)
     assert len(made) == 1
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["flow.npz"]
+
+
+@pytest.fixture
+def network(solvers, monkeypatch, gaussian):
+    """A run whose network is the Gaussian's denoiser, in single precision, of three classes."""
+
+    class Run:
+        facts = SimpleNamespace(shape=[2], num_classes=3)
+
+        def denoiser(self):
+            class Single(ud.Denoiser):
+                def forward(self, x_t, t, cond=None):
+                    assert x_t.dtype == torch.float32
+                    asked.append(cond)
+                    return gaussian.denoiser(ud.Linear())(x_t, t)
+
+            return Single(ud.Linear())
+
+    asked = []
+    monkeypatch.setattr(ud, "load_run", lambda folder: Run())
+    return solvers.NetworkCase(Path("run"), 5, 3), asked
+
+
+def closed_form(case, gaussian, alpha, sigma):
+    mean, variance = gaussian.flat_means[0], gaussian.variances[0]
+    return alpha * mean + (alpha**2 * variance + sigma**2).sqrt() * case.noise
+
+
+def test_the_flow_of_a_network_is_that_of_its_answers(network, gaussian):
+    case, _ = network
+    torch.testing.assert_close(case.end, closed_form(case, gaussian, 1.0, 0.0), rtol=0, atol=1e-5)
+    for alpha, sigma in ((0.0, 1.0), (1.0, 80.0), (0.04, 0.96), (1.0, 20.0)):
+        expected = closed_form(case, gaussian, alpha, sigma) / sigma
+        torch.testing.assert_close(case.start(alpha, sigma) / sigma, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="too easy"):
+        case.start(1.0, 19.0)
+
+
+def test_a_network_is_asked_of_each_row_in_its_class(solvers, network, gaussian):
+    case, asked = network
+    assert case.labels(7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    asked.clear()
+    x, alpha, sigma = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double(), 0.6, 0.9
+    x_0, eps = case.both(x, alpha, sigma)
+    mean, variance = gaussian.flat_means, gaussian.variances
+    known = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
+    torch.testing.assert_close(x_0, known, rtol=0, atol=1e-6)
+    torch.testing.assert_close(alpha * x_0 + sigma * eps, x)
+    solvers.Ours("ddim", None, case.path).run(case, 3)
+    assert [len(cond) for cond in asked] == [5, 1, 1, 1, 5, 5, 5]
+    assert all(cond.tolist() == [0, 1, 2, 0, 1][: len(cond)] for cond in asked)
 
 
 @pytest.mark.parametrize(("solver", "calls", "steps"), [("ddim", 7, 7), ("heun", 7, 4), ("heun", 8, 4), ("heun", 1, 1)])
