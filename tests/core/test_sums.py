@@ -12,6 +12,7 @@ import torch
 import undiffuse as ud
 from solvers.measuring import F64, mixture, numbers
 from undiffuse.core import sums
+from undiffuse.core.errors import ArgumentError
 from undiffuse.core.sums import weighted_sums
 from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, sample, weighted_sum
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
@@ -256,6 +257,19 @@ def test_a_run_with_fused_sums_is_the_same(name):
     sums.fuse_sums(on=False)
     for field, x in zip(fields, fused):
         assert torch.allclose(x, sample(field, noise=noise, solver=name, steps=7), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("fused")
+def test_where_nothing_compiles_that_is_said_at_once_and_sums_stay_plain():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler found\nat all")
+
+    torch.compiler.reset()
+    with pytest.raises(ArgumentError, match=r"(?s)cannot be compiled by.*no compiler found.*do without fuse_sums"):
+        sums.fuse_sums(backend=broken)
+    assert not sums.fusing()
+    with pytest.raises(ArgumentError, match="'nonsense' on this machine"):
+        sums.fuse_sums(backend="nonsense")
 
 
 class Says(torch.nn.Module):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from undiffuse.core.errors import ArgumentError
+
 Event = Float[Tensor, "b *event"]
 
 # Rounding of three float64 operations; below it a + b is 1.
@@ -36,17 +38,34 @@ _TERMS = 6
 def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
     """Make each sum of three or more large tensors one pass over memory, by `torch.compile`; in the whole process.
 
-    The steps of solvers are such sums. Without it they take a pass for two terms and one for each further term. The
-    first sum of each number of terms takes seconds to compile and needs a C++ compiler, on a GPU Triton. Results
-    change by rounding.
+    The steps of solvers are such sums. Without it they take a pass for two terms and one for each further term. A sum
+    of three is compiled here, those of other numbers of terms when they come; each takes seconds and needs a C++
+    compiler, on a GPU Triton. Results change by rounding.
 
     Args:
         on: False undoes it.
         backend: of `torch.compile`.
+
+    Raises:
+        ArgumentError: the backend cannot compile here; sums stay as they were without it.
     """
     global _kernels
+    _kernels = None
+    if not on:
+        return
     how: dict[str, Any] = {"dynamic": True, "backend": backend}
-    _kernels = _Kernels(torch.compile(_sum, **how), torch.compile(_sums, **how)) if on else None
+    try:
+        kernels = _Kernels(torch.compile(_sum, **how), torch.compile(_sums, **how))
+        rows = torch.zeros(4, _LARGE, device="cuda" if torch.cuda.is_available() else "cpu").split(1)
+        with torch.no_grad():
+            kernels.one(rows[0][0, :3], *_rows(rows[1:]))
+    except Exception as error:  # of torch, of the backend, or of the compiler
+        said = " ".join(str(error).partition("\n\n")[0].split())
+        raise ArgumentError(
+            f"sums cannot be compiled by {backend!r} on this machine: {said}. Install a C++ compiler, on a GPU Triton, "
+            "or do without fuse_sums"
+        ) from error
+    _kernels = kernels
 
 
 def fusing() -> bool:
