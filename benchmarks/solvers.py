@@ -44,6 +44,9 @@ CALLS = (5, 6, 8, 10, 15, 20, 30, 50)
 ONE = (5, 6, 8, 10, 15, 20, 30)
 MEASURES = ("RMS", "median")
 
+# For networks: paths that end in some noise, from which one answer leads to the data.
+NARROW = (ud.Karras(sigma_min=0.01), ud.Karras(sigma_min=0.03))
+
 # Name -> calls -> (RMS, median).
 Errors = dict[str, dict[int, tuple[float, float]]]
 
@@ -68,7 +71,8 @@ class Ours:
         if self.solver is None:
             return f"sample() {type(self.path).__name__}"
         grid = self.grid if isinstance(self.grid, str) else "own" if self.grid is None else self.grid.__name__
-        return f"{self.note or self.solver} {grid} {type(self.path).__name__}"
+        path = self.path if self.path in NARROW else type(self.path).__name__
+        return f"{self.note or self.solver} {grid} {path}"
 
     def sample(self, case: Setting, steps: int, rows: int | None = None) -> Any:
         """The record of a run of the first `rows` trajectories."""
@@ -133,14 +137,24 @@ OURS += [
 # What the default run takes of them, by name; all where it is empty.
 CONTENDERS: tuple[str, ...] = ("dpmpp-2m time Linear", *(str(choice) for choice in OURS[90:]))
 
-# On a network's own path, beside them.
-FOR_NETWORKS = ("deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3")
+# For networks beside them: on their own path, on narrow ones, and in time, as the velocity.
+ON_OWN_PATH = ("deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3")
+FOR_NETWORKS = [
+    *(Ours(solver, "half-log-snr", path) for solver in ("dpmpp-2m", "dpmpp-3m", "unipc-3") for path in NARROW),
+    *(
+        Ours(ud.Multistep(points, prediction, "half-log-snr", corrector=False), "half-log-snr", path, note)
+        for points, prediction, note in ((3, "noise", "deis-3 in log-SNR"), (4, "data", "dpmpp-4m"))
+        for path in NARROW
+    ),
+    *(Ours(solver, "time", ud.Linear()) for solver in ("ab3", "ab4")),
+]
 
 
 def contenders(case: Setting) -> list[Ours]:
     found = [choice for choice in OURS if not CONTENDERS or str(choice) in CONTENDERS]
     if isinstance(case, NetworkCase):
-        found += [Ours(solver, grid, case.path) for solver in FOR_NETWORKS for grid in (None, "half-log-snr", "karras")]
+        found += [Ours(solver, grid, case.path) for solver in ON_OWN_PATH for grid in (None, "half-log-snr", "karras")]
+        found += FOR_NETWORKS
     return found
 
 
