@@ -221,7 +221,7 @@ def test_a_fused_sum_is_the_plain_one_and_a_new_tensor(terms, size):
 def test_large_sums_are_fused_where_no_gradient_is_asked():
     made = mock.Mock(side_effect=sums._sum)
     tensors = [numbers(3, 2 * LARGE, seed=seed) for seed in range(3)]
-    with mock.patch.object(sums, "_kernels", sums._Kernels(made, made)), torch.no_grad():
+    with mock.patch.object(sums, "_kernels", sums._Kernels({3: made}, {})), torch.no_grad():
         weighted_sum(tensors, WEIGHTS[:3])
         assert made.call_count == 1
         weighted_sum(tensors[:2], WEIGHTS[:2])
@@ -257,6 +257,19 @@ def test_a_run_with_fused_sums_is_the_same(name):
     sums.fuse_sums(on=False)
     for field, x in zip(fields, fused):
         assert torch.allclose(x, sample(field, noise=noise, solver=name, steps=7), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("fused")
+def test_each_number_of_terms_has_code_of_its_own_so_that_torch_goes_on_compiling():
+    """Torch stops after 8 variants of one code."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for mode, dtype in itertools.product((torch.no_grad, torch.inference_mode), (torch.float32, F64)):
+            with mode():
+                for terms in range(3, 7):
+                    tensors = [numbers(3, 2 * LARGE, seed=seed).to(dtype) for seed in range(terms)]
+                    weights = [0.5 + k for k in range(terms)]
+                    weighted_sum(tensors, weights)
+                    weighted_sums(tensors, weights, weights[::-1])
 
 
 @pytest.mark.usefixtures("fused")

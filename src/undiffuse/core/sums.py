@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +25,14 @@ _LARGE = 1 << 16
 
 
 class _Kernels(NamedTuple):
-    """A sum, and two sums of the same tensors."""
+    """By the number of terms: a sum, and two sums of the same tensors."""
 
-    one: Callable[..., Tensor]
-    two: Callable[..., tuple[Tensor, Tensor]]
+    one: Mapping[int, Callable[..., Tensor]]
+    two: Mapping[int, Callable[..., tuple[Tensor, Tensor]]]
 
 
 _kernels: _Kernels | None = None
-# Terms of a compiled sum at most; longer ones go on from the sum so far. Each number of them is compiled for itself.
+# Terms of a compiled sum at most; longer ones go on from the sum so far.
 _TERMS = 6
 
 
@@ -55,10 +56,13 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
         return
     how: dict[str, Any] = {"dynamic": True, "backend": backend}
     try:
-        kernels = _Kernels(torch.compile(_sum, **how), torch.compile(_sums, **how))
+        # Each has code of its own, of which torch makes few variants: of dtypes, devices and modes.
+        kernels = _Kernels(
+            *({k: torch.compile(_copy(f, k), **how) for k in range(2, _TERMS + 1)} for f in (_sum, _sums))
+        )
         rows = torch.zeros(4, _LARGE, device="cuda" if torch.cuda.is_available() else "cpu").split(1)
         with torch.no_grad():
-            kernels.one(rows[0][0, :3], *_rows(rows[1:]))
+            kernels.one[3](rows[0][0, :3], *_rows(rows[1:]))
     except Exception as error:  # of torch, of the backend, or of the compiler
         said = " ".join(str(error).partition("\n\n")[0].split())
         raise ArgumentError(
@@ -84,16 +88,20 @@ def _sums(weights: Tensor, others: Tensor, *tensors: Tensor) -> tuple[Tensor, Te
     return _sum(weights, *tensors), _sum(others, *tensors)
 
 
+def _copy(function: Any, k: int) -> FunctionType:
+    return FunctionType(function.__code__.replace(co_name=f"{function.__name__}_{k}"), globals())
+
+
 def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Rows of numbers that are no views, so that what is compiled fits all shapes."""
     return [x.view(-1).data for x in tensors]
 
 
-def _fused(kernel: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _fused(kernels: Mapping[int, Callable[..., Tensor]], tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     shape, terms, rest = tensors[0].shape, _rows(tensors), list(weights)
     while len(terms) > 1:
         now = torch.tensor(rest[:_TERMS], dtype=terms[0].dtype, device=terms[0].device)
-        terms, rest = [kernel(now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
+        terms, rest = [kernels[len(now)](now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
     return terms[0].view(shape)
 
 
@@ -129,7 +137,7 @@ def weighted_sums(
     if _kernels is not None and 2 <= len(tensors) <= _TERMS and _large(tensors):
         like, rows = tensors[0], _rows(tensors)
         both = [torch.tensor(list(w), dtype=like.dtype, device=like.device) for w in (weights, others)]
-        first, second = _kernels.two(*both, *rows)
+        first, second = _kernels.two[len(rows)](*both, *rows)
         return first.view(like.shape), second.view(like.shape)
     first, second = ([(x, v) for x, v in zip(tensors, w) if v != 0] for w in (weights, others))
     return weighted_sum(*zip(*first)), weighted_sum(*zip(*second))
