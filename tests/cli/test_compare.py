@@ -53,12 +53,13 @@ def test_figures_and_files(run, command):
 
 def test_the_recommended_command_samples_so(run, command):
     """The recipe has a grid of its own, so that of the solver is asked for by name."""
-    said = command("compare", run, *FEW, "--error", 100, "--out", "here")
+    chosen = ["--label", "7", "--ema", "none", "--step", "12"]
+    said = command("compare", run, *FEW, "--error", 100, "--out", "here", *chosen)
     assert said.exit_code == 0, said.stderr
     (line,) = [line.strip() for line in said.stdout.splitlines() if line.strip().startswith("undiffuse sample")]
     assert ud.load_run(run).recipe.settings.sampling.grid is not None
     words = line.split()[1:]
-    assert words[-2:] == ["--grid", "own"]
+    assert words[-8:] == ["--grid", "own", *chosen]
     drawn = command(*words, "--seeds", "0-1", "--format", "npz", "--json")
     assert drawn.exit_code == 0, drawn.stderr
     record = drawn.json()
@@ -174,6 +175,8 @@ def test_refusals_of_metrics(run, command, words, message):
         (["--calls", "five"], "whole numbers"),
         (["--n", "1"], "at least 2"),
         (["--error", "0"], "above 0"),
+        (["--seed", "-1"], "at least 0"),
+        (["--seed", str(2**63)], "at least 0"),
         (["--label", "10"], "0 ... 9"),
     ],
 )

@@ -44,6 +44,22 @@ def test_the_command_lowers_the_error_and_says_by_how_much(tuned_run):
     assert (ends[2] - ends[0]).norm(dim=1).median() < 0.7 * (ends[1] - ends[0]).norm(dim=1).median()
 
 
+def test_what_is_fitted_is_what_is_sampled_from(plane_run, tmp_path, command):
+    """With the recipe's threshold, by which the errors told are about those that `compare` finds."""
+    folder = tmp_path / "run"
+    shutil.copytree(plane_run.folder, folder)
+    recipe = (folder / "recipe.yaml").read_text()
+    threshold = "sampling:\n  threshold: {name: clip, low: -0.5, high: 0.5}\n"
+    (folder / "recipe.yaml").write_text(recipe.replace("sampling:\n", threshold, 1))
+    said = command("tune", folder, "--calls", 4, *QUICK, "--reference", 300, "--json")
+    assert said.exit_code == 0, said.stderr
+    found = command("compare", folder, "--solvers", "abm-4,tuned-4", "--calls", "4", "--n", 64, "--json")
+    assert found.exit_code == 0, found.stderr
+    for told, cell in zip(("before", "after"), found.json()["cells"]):
+        assert 1 / 3 < said.json()[told]["rms"] / cell["error"] < 3
+    assert ud.load_run(folder).solver("tuned-4").about["threshold"]["name"] == "clip"
+
+
 def test_sample_finds_it_by_name(tuned_run, command):
     run, _ = tuned_run
     result = command(

@@ -336,6 +336,12 @@ def test_batches_and_a_callback_change_nothing():
         assert torch.allclose(a, b, atol=1e-9)
 
 
+def test_data_of_half_precision_are_as_good_as_of_single():
+    field, x_0 = mixture().denoiser(ud.VP()), numbers(64, 2).bfloat16()
+    half, single = (model_statistics(field, x, places=9) for x in (x_0, x_0.float()))
+    assert all(map(torch.equal, half.values, single.values))
+
+
 def test_conditions_stay_with_their_samples():
     class Classes(Denoiser):
         """x_0 is 5 times its class, and the model knows."""

@@ -14,7 +14,7 @@ from solvers.measuring import F64, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError
 from undiffuse.fields import Denoiser
 from undiffuse.oracles import GaussianMixture, exact_flow
-from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Trig
+from undiffuse.paths import VE, VP, Cosine, Karras, Linear, Path, Trig
 from undiffuse.solvers import DDIM, Bound, LangevinCorrector, Multistep, Singlestep, integrate, make_grid, sample
 from undiffuse.solvers.multistep import MULTISTEP
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights, lagrange, snr_weights, time_weights
@@ -291,3 +291,30 @@ def test_the_names_are_settings(name):
 def test_settings_out_of_range(settings, words):
     with pytest.raises(ArgumentError, match=words.replace("(", r"\(").replace(")", r"\)")):
         Multistep(**settings)
+
+
+@pytest.mark.parametrize("solver", ["deis-3", "abm-4", "unipc-2"])
+def test_a_path_that_learns_is_seen_as_it_is_now(solver):
+    """The same angles at other times: weights of the path as it was before are no use."""
+
+    class Learning(Path):
+        t_high = 0.999
+
+        def __init__(self, power):
+            self.power = power
+
+        def alpha(self, t):
+            return 1 - t**self.power
+
+        def sigma(self, t):
+            return t**self.power
+
+        def _time_of_pair(self, a, b):
+            return (b / (a + b)) ** (1 / self.power)
+
+    path, noise = Learning(1.0), numbers(4, 2)
+    for path.power in (1.0, 0.5):
+        changed, new = (
+            sample(mixture().denoiser(p), noise=noise, solver=solver, steps=6) for p in (path, Learning(path.power))
+        )
+        assert torch.equal(changed, new)

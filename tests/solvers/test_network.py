@@ -317,6 +317,19 @@ def test_a_network_that_begins_to_write_into_its_input_is_told():
     assert torch.equal(network(torch.ones(2, 2), 0.5), network(torch.ones(2, 2), torch.tensor(0.5)))
 
 
+def test_a_network_may_write_into_its_input_for_a_condition_alone():
+    class Sometimes(nn.Module):
+        def forward(self, x, label, cond=None):
+            return torch.tanh(x.add_(cond[:, None]) if cond is not None else x)
+
+    network, x, cond = NetworkDenoiser(Sometimes(), Linear(), "velocity"), numbers(3, 2), torch.ones(3)
+    wanted = [network(x.clone(), torch.tensor(0.5), c) for c in (cond, None)]
+    for _ in range(2):
+        for c, answer in zip((None, cond), reversed(wanted)):
+            torch.testing.assert_close(network(x, 0.5, c), answer)
+    assert torch.equal(x, numbers(3, 2))
+
+
 def test_a_network_sees_x_dense():
     class Flat(nn.Module):
         def forward(self, x, label, cond=None):

@@ -264,7 +264,9 @@ def _share_of_one_process(rank, file, found):
     field = Counting(mixture().denoiser(Linear()))
     # The second process would have drawn other numbers: the first one's are taken.
     solver = Picard(window=13, group=dist.group.WORLD)
-    ran = sample(field, (5, 2), solver=solver, steps=40, seed=rank, dtype=F64, return_info=True)
+    noise = Streams.of(rank, 5).normal((5, 2), dtype=F64)
+    ran = sample(field, noise=noise, solver=solver, steps=40, seed=rank, return_info=True)
+    assert torch.equal(noise, Streams.of(rank, 5).normal((5, 2), dtype=F64))  # the caller's
     one = sample(field, (1, 2), solver=replace(solver, window=1), steps=3, seed=rank, dtype=F64)  # nothing to share
     torch.save((ran.x, ran.rounds, ran.nfe_each, sum(field.rows), one), f"{found}{rank}.pt")
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ from solvers.measuring import F64, SOLVERS, gaussian, mixture, numbers
 from undiffuse.core.errors import ArgumentError, SamplingError
 from undiffuse.core.random import Streams
 from undiffuse.fields import Denoiser, NetworkDenoiser
+from undiffuse.oracles import GaussianMixture
 from undiffuse.paths import VE, VP, Karras, Linear
 from undiffuse.solvers import EDM, GRIDS, RK4, Bound, Midpoint, Singlestep, Solver, integrate, make_grid, sample
 from undiffuse.solvers.annealed import AnnealedLangevin
@@ -264,6 +265,28 @@ def test_a_sample_that_is_not_finite_names_its_step():
         sample(gaussian().denoiser(VP()), noise=torch.cat([start, start[:, :1]], 1), solver="euler")
 
 
+def test_a_last_denoising_that_is_not_finite_is_told():
+    class Last(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return x_t * (float("nan") if float(t) == self.path.t_min else 1.0)
+
+    with pytest.raises(SamplingError, match="last denoising"):
+        sample(Last(VE()), (3, 2), solver="ddim", steps=5, denoise=True)
+
+
+@pytest.mark.parametrize("solver", ["abm-4", "heun", "picard", "dopri5", "unipc-2"])
+def test_samples_may_be_single_numbers(solver):
+    law = GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([[0.2], [0.3]], dtype=F64))
+    noise = numbers(6, 1)
+
+    class Reshaped(Denoiser):
+        def forward(self, x_t, t, cond=None):
+            return law.denoiser(self.path)(x_t.reshape(-1, 1), t).reshape(x_t.shape)
+
+    flat, column = (sample(Reshaped(Linear()), noise=z, solver=solver, steps=5) for z in (noise[:, 0], noise))
+    assert torch.equal(flat, column[:, 0])
+
+
 def test_integrate_refuses_to_draw_without_noise():
     with pytest.raises(ArgumentError, match="noise"):
         integrate(gaussian().denoiser(VP()), numbers(2, 3), make_grid(VP(), 3), SOLVERS["ddpm"])
@@ -287,6 +310,11 @@ def test_a_field_that_changes_the_shape_is_refused():
         ({}, "needs the shape"),
         ({"shape": (4, 3), "noise": torch.zeros(4, 2)}, "expected floats of shape"),
         ({"shape": (0, 3)}, "all at least 1"),
+        ({"shape": 16}, "whole numbers"),
+        ({"shape": (4, 2.0)}, "whole numbers"),
+        ({"shape": (4, 3), "seed": 1.5}, "seed is 1.5: expected a whole number"),
+        ({"shape": (4, 3), "seed": 2**70}, "whole number of 64 bits"),
+        ({"shape": (4, 3), "dtype": "float32"}, "such as torch.float32"),
         ({"noise": torch.zeros(4, 3, dtype=torch.int64)}, "expected floats"),
         ({"shape": (4, 3), "solver": "hein"}, "Did you mean 'heun'"),
         ({"shape": (4, 3), "steps": 0}, "at least 1"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from solvers.measuring import F64, mixture, numbers
 from undiffuse.core.errors import ArgumentError, CheckpointError, SamplingError
@@ -19,6 +20,7 @@ from undiffuse.solvers import Multistep, Tuned, get_solver, linear_table, sample
 from undiffuse.solvers.curves import Curves
 from undiffuse.solvers.ends import noises
 from undiffuse.solvers.grids import make_grid
+from undiffuse.solvers.table_file import _seal, packed, unpacked
 from worlds import PATHS
 
 LINEAR = ["abm-4", "ddim", "heun", "dpmpp-2s", "unipc-3", "ab3"]
@@ -254,17 +256,38 @@ def test_a_file_brings_back_the_same_samples(tuned, tmp_path):
 def test_files_that_are_not_whole_are_refused(tuned, tmp_path):
     file = tuned.save(tmp_path / "one.safetensors")
     whole = file.read_bytes()
+    (tensors, words), deep = unpacked(file), "[" * 100_000
     with pytest.raises(CheckpointError, match="there is no file"):
         Tuned.load(tmp_path / "none.safetensors")
-    for content, words in (
+    for content, said in (
         (whole[:-9], "cut short"),
         (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], "altered"),
         (b"", "cut short"),
+        (packed(tensors, {"about": {}}), "holds no solver that can be used"),
+        (packed(tensors, ["about"]), "no table"),
+        (packed(tensors, words | {"about": 3}), "no table"),
+        (save(tensors, {"format": "undiffuse-solver-1", "sha256": _seal(tensors, "")}), "can be used: 'words'"),
+        (save(tensors, {"format": "undiffuse-solver-1", "words": deep, "sha256": _seal(tensors, deep)}), "can be used"),
         (whole.replace(b"undiffuse-solver-1", b"undiffuse-solver-2"), "holds no tuned solver"),
     ):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=said):
             Tuned.load(file)
+
+
+def test_numpy_s_numbers_can_be_saved_and_a_profile_cut_short_is_of_no_path(tuned, tmp_path):
+    made = replace(tuned.with_about(seed=np.int64(3)), event=tuple(np.array([2])))
+    again = Tuned.load(made.save(tmp_path / "one.safetensors"))
+    assert again.about["seed"] == 3
+    assert again.event == (2,)
+    with pytest.raises(ArgumentError, match="made for the path"):
+        sample(ring().denoiser(Linear()), (2, 2), solver=replace(again, profile=again.profile[:5]))
+
+
+def test_a_table_of_a_grid_that_does_not_fit():
+    for grid, words in ((make_grid(Linear(), 9), "grid has 10 times"), (make_grid(Linear(), 2).flip(0), "decrease")):
+        with pytest.raises(ArgumentError, match=words):
+            linear_table(get_solver("dpmpp-2m"), Linear(), 2, (2,), grid)
 
 
 def test_another_path_count_shape_or_grid_is_refused(tuned):

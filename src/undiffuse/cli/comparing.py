@@ -133,6 +133,8 @@ class Job:
             words += ["--grid", cell.grid]
         if section.corrector is not None:
             words += ["--corrector", "none"]
+        chosen = {"--label": self.label, "--ema": self.ema, "--step": self.step}
+        words += [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         return shlex.join(words)
 
 

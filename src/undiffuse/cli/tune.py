@@ -98,6 +98,8 @@ def tune(
         how["grids"] = [name.strip() for name in grids.split(",")]
     made = fit(model, screen, calls, **how)
     made = made.with_about(weights=model.seal, ema=model.ema, step=model.step, label=label, classifier=model.guide)
+    threshold = getattr(model.sampler, "threshold", None)
+    made = made if threshold is None else made.with_about(threshold=threshold)
     with disk_errors(str(file), "The run is intact"):
         made.save(file)
     _report(made, model, str(file), screen, time.monotonic() - began)
@@ -117,7 +119,7 @@ def _tuned(model: Model, screen: Console, calls: int, **how: Any) -> Tuned:
             bar.now(*WORDS[now.stage]).to(now.done, now.total, note=note)
 
         return fit(
-            sampler.denoiser,
+            sampler.bounded,
             tuple(sampler.facts.shape),
             calls,
             cond=cond,

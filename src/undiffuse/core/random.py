@@ -118,8 +118,19 @@ class Streams:
 
     @classmethod
     def of(cls, seed: int | Sequence[int] | Tensor, n: int | None = None, *, first: int = 0, device=None) -> Streams:
-        """Streams of samples `first ... first + n - 1` of one seed, or the first stream of each of many seeds."""
-        seeds = torch.as_tensor(seed, dtype=torch.int64)
+        """Streams of samples `first ... first + n - 1` of one seed, or the first stream of each of many seeds.
+
+        Raises:
+            ArgumentError: seeds that are no whole numbers of 64 bits, or of another shape; one seed without n.
+        """
+        try:
+            seeds = torch.as_tensor(seed)
+            whole = not (seeds.is_floating_point() or seeds.is_complex()) or seeds.numel() == 0
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            whole = False
+        if not whole:
+            raise ArgumentError(f"seed is {seed!r}: expected a whole number of 64 bits, or one for each sample")
+        seeds = seeds.to(torch.int64)
         device = device if device is not None else seeds.device
         if seeds.ndim == 0 and (n is None or n < 0):
             raise ArgumentError(f"one seed for a batch needs n, the number of samples: given {n}")

@@ -104,7 +104,7 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def forward(self, x_t: Event, t: Time, cond: Cond = None) -> Event:
-        """`E[x_0 | x_t]`."""
+        """`E[x_0 | x_t]`, a new tensor at each call: solvers keep what they were answered."""
 
     def estimate(self, x_t: Event, t: Time, cond: Cond = None) -> tuple[Event, Event]:
         """`(E[x_0 | x_t], E[eps | x_t])` from one call; `eps = (x_t - alpha x_0) / sigma`."""
@@ -155,9 +155,9 @@ class NetworkDenoiser(Denoiser):
         ArgumentError: unknown prediction; sigma_data <= 0; a network that returns another shape.
     """
 
-    # What the coefficients were computed for, and they, by time; the net that is known not to write into its input.
+    # What the coefficients were computed for, and they, by time; how a net was called that left its input as it was.
     _kept: tuple[tuple, dict[float, Coefficients[float]]] = ((), {})
-    _only_reads: nn.Module | None = None
+    _only_reads: tuple[nn.Module, bool, bool] | None = None
 
     def __init__(self, net: nn.Module, path: Path, prediction: str | Prediction = "noise", sigma_data: float = 0.5):
         super().__init__(path)
@@ -209,11 +209,12 @@ class NetworkDenoiser(Denoiser):
         if c.c_in != 1 or x_t.requires_grad or not (x_t.is_contiguous() and _counted(x_t)):
             return self._called(net, c.scaled(x_t), c, x_t, cond, dtype)
         # x as it is, unless the network writes into what it is given, as its first call on a copy has told.
-        x_in = x_t if self._only_reads is net else x_t.clone()
+        how = net, cond is None, net.training
+        x_in = x_t if self._only_reads == how else x_t.clone()
         before = x_in._version
         output = self._called(net, x_in, c, x_t, cond, dtype)
         if x_in._version == before:
-            self.__dict__["_only_reads"] = net
+            self.__dict__["_only_reads"] = how
         elif x_in is x_t:
             raise ArgumentError("the network has begun to change its input in place, x is lost: let it work on a copy")
         return output

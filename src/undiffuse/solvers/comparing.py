@@ -106,7 +106,7 @@ def compare(
 
 def relative_errors(x: Tensor, truth: Tensor) -> tuple[float, float]:
     """`RMS(x - truth)` over all samples and of the median sample, both over `RMS(truth)`."""
-    far = (x.double() - truth.double()).flatten(1).square().mean(1)
+    far = (x.double() - truth.double()).reshape(len(x), -1).square().mean(1)
     size = truth.double().square().mean().sqrt()
     return float(far.mean().sqrt() / size), float(far.sqrt().quantile(0.5) / size)
 

@@ -73,7 +73,7 @@ def noises(denoiser: Denoiser, event: tuple[int, ...], cond: Cond, n: int, seed:
 
 def squares(x: Tensor) -> Float[Tensor, " b"]:
     """Squared lengths."""
-    return x.flatten(1).double().square().sum(1)
+    return x.reshape(len(x), -1).double().square().sum(1)
 
 
 def relative(distances: Tensor, ends: Ends) -> dict[str, float]:

@@ -77,7 +77,7 @@ def model_statistics(
 
     Args:
         denoiser: any denoiser; guided ones too, with samples of their own for x_0.
-        x_0: data, or samples of the model itself; in the dtype and on the device of the denoiser.
+        x_0: data, or samples of the model itself, on the device of the denoiser.
         cond: for all n of them.
         places: half log-SNRs, equal steps between sigma / alpha = 200 and 0.001 where the path has these.
         shared: one number for all coordinates instead of one for each.
@@ -97,6 +97,7 @@ def model_statistics(
             raise ArgumentError(f"{name} is {value!r}: expected a whole number of at least {least}")
     if len(x_0) < 2:
         raise ArgumentError(f"x_0 holds {len(x_0)} samples: expected at least 2, better some hundreds")
+    x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))  # differences are taken of it
     cond = placed(cond, len(x_0), x_0.device)
     half_log_snr = _places(path, places, 1.1 * _near(x_0))
     found = measured(denoiser, x_0, half_log_snr, cond=cond, seed=seed, batch=batch, callback=callback)

@@ -66,7 +66,7 @@ class Flow:
         alpha, sigma = self.path.alpha(time), self.path.sigma(time)
         alpha, sigma, n = (scale[:, None].to(y) for scale in (alpha, sigma, torch.hypot(alpha, sigma)))
         x_0, noise = self.bound.estimate((y * n).reshape(len(y), *self.event), time, rows)
-        return torch.addcmul(alpha * noise.flatten(1), sigma, x_0.flatten(1), value=-1) / n
+        return torch.addcmul(alpha * noise.reshape(y.shape), sigma, x_0.reshape(y.shape), value=-1) / n
 
 
 def score_at(theta: Float[Tensor, " n"], y: Float[Tensor, "n d"], slope: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -93,7 +93,7 @@ def flow(
     """
     bound = field if isinstance(field, Bound) else Bound(field)
     slope = Flow(bound, tuple(x.shape))
-    y = (x / norm_at(bound.path, t)).flatten(1)
+    y = (x / norm_at(bound.path, t)).reshape(len(x), -1)
     solution = solve(
         slope,
         y,

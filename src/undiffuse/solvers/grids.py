@@ -127,7 +127,11 @@ def curved_angle(scale: float = 1.0, start: float = 20.0, power: float | None = 
     where none is given, chosen for `Multistep()` by its error on a ring of 8 modes and 1,000 digits (scale 1) and on a
     small network of CIFAR-10 (scale 10).
     """
+    if not (0 < scale < math.inf and 0 < start < math.inf):
+        raise ArgumentError(f"scale is {scale} and start is {start}: expected numbers above 0")
     power = 1.75 + 0.75 * math.log10(scale) if power is None else power
+    if not 0 < power < math.inf:
+        raise ArgumentError(f"power is {power}: expected a number above 0; that of the scale {scale} is none")
 
     def to(path: Path, t: Tensor) -> Tensor:
         alpha = path.alpha(t)

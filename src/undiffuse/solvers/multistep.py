@@ -25,7 +25,7 @@ from torch import Tensor
 from undiffuse.core.errors import ArgumentError, choose
 from undiffuse.core.sums import fusing, weighted_sum
 from undiffuse.fields import Answer
-from undiffuse.paths import Path
+from undiffuse.paths import Path, is_value
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
@@ -326,7 +326,10 @@ class Multistep(Solver):
         places = None
         if self.variable == "step":
             places = (*(-float(j) for j in range(len(levels))), 0.0, 1.0)
-        found = flow_weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
+        # The times of angles are found again on a path that is a value only; another may have changed.
+        found_again = self.variable != "time" or is_value(field.path)
+        weights = flow_weights if found_again else flow_weights.__wrapped__
+        found = weights(self.phi, self.rule, thetas, (start.theta, end.theta), coordinate, places)
         return self._size(end) / self._size(start), [sign * w for w in found]
 
     def _coordinate(self, field: Field) -> Coordinate:

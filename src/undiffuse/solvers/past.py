@@ -104,7 +104,7 @@ def _terms(x: Event, values: Sequence[Value], weights: Weights) -> tuple[list[Te
 def lengths_of(value: Value) -> Float[Tensor, " b"]:
     """The Euclidean length of each sample's."""
     x = value.tensors[0] if value.weights == (1.0,) else weighted_sum(*value[:2])
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
 
 
 @torch.no_grad()

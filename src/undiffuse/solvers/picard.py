@@ -109,7 +109,7 @@ class Picard(Solver):
             raise ArgumentError(f"Picard's iteration needs a Bound denoiser, given {type(field).__name__}")
         field.track(len(x))
         if self.group is not None:
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)  # the caller keeps his
             dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
         work = _Iteration(self, field, x, grid, keep)
         most = work.steps if not RULES[self.inner].implicit else 10 * work.steps + 100
@@ -157,7 +157,7 @@ class _Iteration:
         self.asked = torch.ones(self.steps + 1, dtype=torch.bool, device=x.device)
         self.asked[-1] = bool(w[-1, 3] != 0)
         self.weights, self.n = w.to(x), n.to(x)
-        y = (x / self.n[0]).flatten(1)
+        y = (x / self.n[0]).reshape(len(x), -1)
         rows = torch.arange(len(x), device=x.device)
         self.now = _Windows(rows, torch.zeros_like(rows), y[:, None].repeat(1, self.size + 1, 1), torch.zeros_like(y))
         self.x = torch.empty_like(x)
@@ -213,7 +213,7 @@ class _Iteration:
         point = points[which, place]
         x = (now.y[which, place] * self.n[point, None]).reshape(-1, *self.event)
         denoised = torch.zeros_like(now.y)
-        denoised[which, place] = self._shared(x, self.times[point], now.rows[which]).flatten(1)
+        denoised[which, place] = self._shared(x, self.times[point], now.rows[which]).reshape(len(which), -1)
         return denoised
 
     def _shared(self, x: Event, t: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Event:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,8 @@ def sample(
     if denoise and scales(bound, times[-1])[1] > 0:
         with evaluating(field):
             x = bound(x, times[-1])
+        if not bool(torch.isfinite(x).all()):
+            raise SamplingError("the last denoising gave numbers that are infinite or NaN: check the weights and cond")
     if not return_info:
         return x
     states, denoised = tuple(r.x for r in record), tuple(r.denoised for r in record)
@@ -223,7 +226,7 @@ def _stop_at_first_bad(step: Step) -> None:
     if bool(torch.isfinite(step.x).all()):
         return
     whole = bool(torch.isfinite(step.denoised).all())
-    rows = (~torch.isfinite(step.x.flatten(1)).all(1)).nonzero()[:, 0].tolist()
+    rows = (~torch.isfinite(step.x.reshape(len(step.x), -1)).all(1)).nonzero()[:, 0].tolist()
     raise SamplingError(
         f"x became infinite or NaN in step {step.index}, from t = {step.t:.6g} to {step.s:.6g}, in {len(rows)} of "
         f"{len(step.x)} samples (first: {rows[0]}); there the field's answer was "
@@ -241,8 +244,11 @@ def _times(path: Path, solver: Solver, steps: int, grid: str | Spacing | Tensor 
 def _sizes(shape: Sequence[int] | None, noise: Tensor | None) -> tuple[int, ...]:
     if noise is None and shape is None:
         raise ArgumentError("sample needs the shape (B, *event) of what to draw, or the noise to start from")
-    sizes = tuple(shape) if shape is not None else tuple(noise.shape)  # type: ignore[union-attr]
-    if not sizes or any(int(n) != n or n < 1 for n in sizes):
+    try:
+        sizes = tuple(map(index, shape)) if shape is not None else tuple(noise.shape)  # type: ignore[union-attr]
+    except TypeError as error:
+        raise ArgumentError(f"shape is {shape!r}: expected whole numbers (B, *event), all at least 1") from error
+    if not sizes or min(sizes) < 1:
         raise ArgumentError(f"shape is {sizes}: expected (B, *event), all at least 1")
     if noise is not None and (tuple(noise.shape) != sizes or not noise.is_floating_point()):
         raise ArgumentError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}: expected floats of shape {sizes}")
@@ -257,8 +263,8 @@ def _placement(
     weight = next((p for p in weights if p.is_floating_point()), noise)
     like = noise if noise is not None else weight
     dtype = dtype if dtype is not None else like.dtype if like is not None else torch.float32
-    if not dtype.is_floating_point:
-        raise ArgumentError(f"dtype is {dtype}: expected a floating-point one")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"dtype is {dtype!r}: expected a floating-point one, such as torch.float32")
     dtype = torch.promote_types(dtype, torch.float32)
     if device is None:
         return weight.device if weight is not None else torch.device("cpu"), dtype

@@ -40,7 +40,7 @@ def packed(tensors: Mapping[str, Tensor], words: Mapping[str, Any], kind: Kind =
     """The content of a file: tensors, and words that JSON can hold."""
     from safetensors.torch import save
 
-    text = json.dumps(words)
+    text = json.dumps(words, default=_plain)
     return save(dict(tensors), {"format": kind.format, "words": text, "sha256": _seal(tensors, text)})
 
 
@@ -58,13 +58,18 @@ def unpacked(file: Path, kind: Kind = TABLE) -> tuple[dict[str, Tensor], dict[st
         with safe_open(str(file), "pt") as content:
             said = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+        seal = _seal(tensors, said.get("words", ""))
+    except (SafetensorError, OSError, NotImplementedError) as error:  # the last: a dtype that torch only knows by name
         raise CheckpointError(f"{file} cannot be read, it is cut short or no safetensors: {error}") from error
     if said.get("format") != kind.format:
         raise CheckpointError(f"{file} holds no {kind.what} (format {said.get('format')!r}, expected {kind.format!r})")
-    if said.get("sha256") != _seal(tensors, said.get("words", "")):
+    if said.get("sha256") != seal:
         raise CheckpointError(f"{file} has been altered: its numbers are not those that were written. Make it again")
-    return tensors, json.loads(said["words"])
+    with usable(file, kind.what, "Make it again"):
+        words = json.loads(said["words"])
+        if not (isinstance(words, dict) and isinstance(words.get("about", {}), dict)):
+            raise ValueError("its words are no table")
+    return tensors, words
 
 
 @contextmanager
@@ -76,8 +81,13 @@ def usable(file: str | Path, what: str, again: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} holds no {what} that can be used: {error}. {again}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's."""
+    return value.item()
 
 
 def _seal(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -27,6 +27,7 @@ from undiffuse.core.sums import weighted_sum
 from undiffuse.fields import Denoiser
 from undiffuse.paths import Path
 from undiffuse.solvers.base import Course, Event, Field, Noise, Scalar, Solver
+from undiffuse.solvers.grids import check_grid
 from undiffuse.solvers.integrate import integrate
 from undiffuse.solvers.table_file import unpacked, usable, written
 
@@ -195,7 +196,8 @@ def profile_of(path: Path) -> tuple[tuple[float, float], ...]:
 
 def same_path(profile: Sequence[Sequence[float]], path: Path) -> bool:
     """Whether a profile is that of a path."""
-    return torch.allclose(torch.tensor(profile), torch.tensor(profile_of(path)), rtol=_SAME, atol=_SAME)
+    known, own = torch.tensor(profile), torch.tensor(profile_of(path))
+    return known.shape == own.shape and torch.allclose(known, own, rtol=_SAME, atol=_SAME)
 
 
 def prediction_of(denoiser: object) -> str | None:
@@ -235,7 +237,9 @@ def linear_table(solver: Solver, path: Path, steps: int, event: Sequence[int], g
     if solver.stochastic or solver.adaptive or solver.at_once:
         raise ArgumentError(f"{solver!r} is no table of numbers: expected a deterministic solver of fixed steps")
     made = solver.for_event(tuple(event)).unconditional()
-    times = made.default_grid(path, steps) if grid is None else grid
+    times = made.default_grid(path, steps) if grid is None else check_grid(path, grid)
+    if len(times) != steps + 1:
+        raise ArgumentError(f"grid has {len(times)} times: expected {steps + 1} for {steps} steps")
     recorder = _Recorder(path)
     x = torch.zeros(1, 2 + steps * max(1, math.ceil(made.evals_per_step)), dtype=torch.float64)
     x[0, 0] = 1.0

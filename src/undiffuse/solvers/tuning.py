@@ -80,6 +80,7 @@ def tune(
     errors stops falling. Half of the noises make the weights, they and a quarter more are scored, and in the end make
     them again; a quarter is only measured, before and after: `solver.about` has `before` and `after`, each `rms` and
     `median` of the distance to the true end relative to the RMS length of the ends, and `grid`, from which it came.
+    True is what `reference` steps find: of errors below theirs nothing is known.
 
     All curves are kept in memory: `reference + 1` states of n samples.
 
