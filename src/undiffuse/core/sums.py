@@ -22,6 +22,9 @@ UNIT = 4 * torch.finfo(torch.float64).eps
 # 2^16 numbers take 0.9 of the time, of 2^17 to 2^21 0.7 to 0.8; three 0.8 to 0.9. In pieces that stay in the cache sums
 # of 3 M numbers take longer, 1.1 times with pieces of 2^20, as every piece begins anew.
 _LARGE = 1 << 16
+# And from this many on one compiled pass, whose call takes some 30 us: of three terms of 2^16, 2^18, 2^20, 2^21 numbers
+# 1.8, 1.3, 1.0, 0.9 of the time of two passes.
+_WORTH_COMPILING = 1 << 20
 
 
 class _Kernels(NamedTuple):
@@ -37,11 +40,12 @@ _TERMS = 6
 
 
 def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
-    """Make each sum of three or more large tensors one pass over memory, by `torch.compile`; in the whole process.
+    """Make each sum of three and more large tensors one pass over memory, by `torch.compile`; in the whole process.
 
-    The steps of solvers are such sums. Without it they take a pass for two terms and one for each further term. A sum
-    of three is compiled here, those of other numbers of terms when they come; each takes seconds and needs a C++
-    compiler, on a GPU Triton. Results change by rounding.
+    The steps of solvers are such sums. Without it they take a pass for two terms and one for each further term. Large
+    is 2^20 numbers and more: below, calling what is compiled takes longer than what it saves. A sum of three is
+    compiled here, those of other numbers of terms when they come; each takes seconds and needs a C++ compiler, on a
+    GPU Triton. Results change by rounding.
 
     Args:
         on: False undoes it.
@@ -72,9 +76,9 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
     _kernels = kernels
 
 
-def fusing() -> bool:
-    """Whether `fuse_sums` is on."""
-    return _kernels is not None
+def fusing(x: Tensor) -> bool:
+    """Whether sums of three tensors and more such as x are one pass."""
+    return _kernels is not None and _large((x,), _WORTH_COMPILING)
 
 
 def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
@@ -117,11 +121,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Many numbers on a CPU, without gradients: the first two terms in one pass.
     """
     first, *rest = tensors
-    if _kernels is not None and len(tensors) > 2 and _large(tensors):
+    if _kernels is not None and len(tensors) > 2 and _large(tensors, _WORTH_COMPILING):
         return _fused(_kernels.one, tensors, weights)
     if rest and abs(weights[0] - 1) <= UNIT:
         total = torch.add(first, rest.pop(0), alpha=weights[1])
-    elif rest and first.device.type == "cpu" and _large(tensors[:2]):
+    elif rest and first.device.type == "cpu" and _large(tensors[:2], _LARGE):
         total = _two(first, weights[0], rest.pop(0), weights[1])
     else:
         total = torch.mul(first, weights[0])
@@ -134,7 +138,7 @@ def weighted_sums(
     tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Two sums of the same tensors; in one pass where sums are fused."""
-    if _kernels is not None and 2 <= len(tensors) <= _TERMS and _large(tensors):
+    if _kernels is not None and 2 <= len(tensors) <= _TERMS and _large(tensors, _WORTH_COMPILING):
         like, rows = tensors[0], _rows(tensors)
         both = [torch.tensor(list(w), dtype=like.dtype, device=like.device) for w in (weights, others)]
         first, second = _kernels.two[len(rows)](*both, *rows)
@@ -143,11 +147,11 @@ def weighted_sums(
     return weighted_sum(*zip(*first)), weighted_sum(*zip(*second))
 
 
-def _large(tensors: Sequence[Tensor]) -> bool:
+def _large(tensors: Sequence[Tensor], least: int) -> bool:
     """Whether all can be seen as plain rows of the same many numbers, of which no gradient is asked."""
     first = tensors[0]
     alike = all(x.is_contiguous() and x.dtype == first.dtype and x.device == first.device for x in tensors)
-    return first.numel() >= _LARGE and alike and not torch.is_grad_enabled()
+    return first.numel() >= least and alike and not torch.is_grad_enabled()
 
 
 def _two(x: Tensor, a: float, d: Tensor, b: float) -> Tensor:

@@ -268,7 +268,7 @@ class Multistep(Solver):
         of_x, of_output = answer.weights(*weights)
         if answer.on_x == 0 and (of_x, of_output) == (0.0, 1.0):
             return Value((answer.output,), (1.0,))
-        lent = fusing() and answer.on_x != 0 and self.miss is None
+        lent = answer.on_x != 0 and self.miss is None and fusing(x)
         if lent or (self.points + self.corrector <= 2 and answer.on_x == 0):
             return Value((x, answer.output), (of_x, of_output), lent)
         return Value((answer.plus(x, *weights),), (1.0,))
