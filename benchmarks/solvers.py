@@ -146,7 +146,7 @@ FOR_NETWORKS = [
         for points, prediction, note in ((3, "noise", "deis-3 in log-SNR"), (4, "data", "dpmpp-4m"))
         for path in NARROW
     ),
-    *(Ours(solver, "time", ud.Linear()) for solver in ("ab3", "ab4")),
+    *(Ours(solver, "time", ud.Linear()) for solver in ("ab3", "ab4", "heun", "midpoint")),
 ]
 
 
