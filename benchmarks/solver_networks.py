@@ -1,7 +1,7 @@
 """A trained network in place of a world of `solver_truth.py`: its own probability flow, from noise to data.
 
 The network answers in single precision, whoever asks, and beyond the ends of its own path as it does there. Curves are
-those of the classical Runge-Kutta method in the angle `atan2(sigma, alpha)`, which none of the solvers measured is.
+those of 500 steps of the classical Runge-Kutta method in the angle `atan2(sigma, alpha)`.
 """
 
 from __future__ import annotations

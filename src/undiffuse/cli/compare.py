@@ -64,8 +64,7 @@ def compare(
     columns = _numbers(calls)
     if n < 2:
         raise ArgumentError(f"--n {n}: expected at least 2 noises, better 32, for a median to mean something")
-    if not 0 <= seed < 2**63 - n:
-        raise ArgumentError(f"--seed {seed}: expected at least 0")
+    options.check_seed(seed, n)
     if not 0 < error < float("inf"):
         raise ArgumentError(f"--error {error}: expected a number above 0, for example 0.01")
     if metrics is None and metrics_n is not None:

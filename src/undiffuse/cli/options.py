@@ -91,6 +91,16 @@ def parse_seeds(text: str) -> np.ndarray:
     return seeds
 
 
+def check_seed(seed: int, n: int) -> None:
+    """Refuse the first of n seeds where one of them is none.
+
+    Raises:
+        ArgumentError: below 0, or beyond 63 bits.
+    """
+    if not 0 <= seed < 2**63 - max(n, 0):
+        raise ArgumentError(f"--seed {seed}: expected at least 0, and {n} seeds below 2^63")
+
+
 def write_seeds(seeds: np.ndarray) -> str:
     """The inverse of `parse_seeds`."""
     import numpy as np

@@ -53,8 +53,7 @@ def statistics(
     from undiffuse.training.files import disk_errors
 
     screen, began = Console(json, quiet), time.monotonic()
-    if not 0 <= seed < 2**63 - max(n, 0):
-        raise ArgumentError(f"--seed {seed}: expected at least 0")
+    options.check_seed(seed, n)
     if n < 2 or places < 2:
         raise ArgumentError(f"--n {n} --places {places}: expected at least 2 of each")
     guide = guide_of(classifier, classifier_scale)

@@ -83,8 +83,7 @@ def tune(
         raise ArgumentError(f"--grids {grids}: with --only grid the fit begins on the best named grid; leave it out")
     n = n if n is not None else 512 if only is None else 96
     most_steps = most_steps if most_steps is not None else 126 if only is None else 30
-    if not 0 <= seed < 2**63 - n:
-        raise ArgumentError(f"--seed {seed}: expected at least 0")
+    options.check_seed(seed, n)
     guide = guide_of(classifier, classifier_scale)
     found = load_run(run)
     found.expect("denoiser")
@@ -97,9 +96,8 @@ def tune(
     if grids is not None:
         how["grids"] = [name.strip() for name in grids.split(",")]
     made = fit(model, screen, calls, **how)
-    made = made.with_about(weights=model.seal, ema=model.ema, step=model.step, label=label, classifier=model.guide)
-    threshold = getattr(model.sampler, "threshold", None)
-    made = made if threshold is None else made.with_about(threshold=threshold)
+    about = {"weights": model.seal, "ema": model.ema, "step": model.step, "label": label, "classifier": model.guide}
+    made = made.with_about(**about, threshold=getattr(model.sampler, "threshold", None))
     with disk_errors(str(file), "The run is intact"):
         made.save(file)
     _report(made, model, str(file), screen, time.monotonic() - began)
