@@ -157,13 +157,14 @@ class Method:
         tensors: moved in a step where the answers are E[x_0].
         network: moved where they are velocities, or noise.
         states: how many x it has at a time, the one that is written among them.
-        answers: how many tensors of answers with a network; without it is one.
+        answers: how many tensors of answers, without a network, where all are one, and with it; a past state that is
+            needed with a past answer among them.
     """
 
     tensors: int
     network: int
     states: int
-    answers: int
+    answers: tuple[int, int]
     rows: dict[str, Callable[[Path | None], Make]]
 
 
@@ -174,7 +175,7 @@ class Method:
 # written. With noise a multistep method writes what it keeps of the network's output, which is lent until the next
 # call: 2M and UniPC-2 D, DEIS-2, which then goes by x, the noise and the noise before, that.
 METHODS: dict[str, Method] = {
-    "euler": Method(3, 3, 2, 1, {
+    "euler": Method(3, 3, 2, (1, 1), {
         "ours euler": lambda _: ours("euler", ud.Linear()),
         "ours ddim": lambda _: ours("ddim", ud.Linear()),
         "ours euler, network of velocity": lambda _: ours_network("euler", ud.Linear(), "velocity"),
@@ -186,14 +187,14 @@ METHODS: dict[str, Method] = {
         "flow_matching euler": lambda _: flow_matching("euler"),
         "flow_matching euler, network": lambda _: flow_matching("euler", network=True),
     }),
-    "ddim": Method(3, 3, 2, 1, {
+    "ddim": Method(3, 3, 2, (1, 1), {
         "ours ddim, VP": lambda _: ours("ddim", ud.VP()),
         "ours ddim, VP, network of noise": lambda _: ours_network("ddim", ud.VP(), "noise"),
         "diffusers DDIM": lambda _: diffusers("DDIM"),
         "diffusers DDIM, network": lambda _: diffusers("DDIM", network=True),
         "azula DDIM": lambda _: azula("DDIM"),
     }),
-    "2m": Method(4, 5, 2, 3, {
+    "2m": Method(4, 5, 2, (1, 3), {
         "ours dpmpp-2m": lambda _: ours("dpmpp-2m", ud.Linear()),
         "ours dpmpp-2m, VP": lambda _: ours("dpmpp-2m", ud.VP()),
         "ours dpmpp-2m, VP, network of noise": lambda _: ours_network("dpmpp-2m", ud.VP(), "noise"),
@@ -203,20 +204,20 @@ METHODS: dict[str, Method] = {
         "k-diffusion dpmpp_2m": lambda folder: k_diffusion("dpmpp_2m", folder),
         "azula xEAB(2)": lambda _: azula("xEAB", order=2),
     }),
-    "deis-2": Method(5, 5, 2, 3, {
+    "deis-2": Method(5, 5, 2, (2, 3), {
         "ours deis-2": lambda _: ours("deis-2", ud.Linear()),
         "ours deis-2, VP, network of noise": lambda _: ours_network("deis-2", ud.VP(), "noise"),
         "diffusers DEIS(2)": lambda _: diffusers("DEISMultistep", solver_order=2),
         "diffusers DEIS(2), network": lambda _: diffusers("DEISMultistep", network=True, solver_order=2),
         "azula zEAB(2)": lambda _: azula("zEAB", order=2),
     }),
-    "unipc-2": Method(6, 7, 2, 4, {
+    "unipc-2": Method(6, 7, 2, (1, 4), {
         "ours unipc-2": lambda _: ours("unipc-2", ud.Linear()),
         "ours unipc-2, VP, network of noise": lambda _: ours_network("unipc-2", ud.VP(), "noise"),
         "diffusers UniPC(2)": lambda _: diffusers("UniPCMultistep", solver_order=2),
         "diffusers UniPC(2), network": lambda _: diffusers("UniPCMultistep", network=True, solver_order=2),
     }),
-    "heun": Method(7, 7, 3, 1, {
+    "heun": Method(7, 7, 3, (1, 1), {
         "ours heun": lambda _: ours("heun", ud.Linear()),
         "ours heun, network of velocity": lambda _: ours_network("heun", ud.Linear(), "velocity"),
         "ours edm, Karras": lambda _: ours("edm", ud.Karras()),
@@ -227,13 +228,13 @@ METHODS: dict[str, Method] = {
         "flow_matching heun2": lambda _: flow_matching("heun2"),
         "flow_matching heun2, network": lambda _: flow_matching("heun2", network=True),
     }),
-    "midpoint": Method(7, 6, 3, 1, {
+    "midpoint": Method(7, 6, 3, (1, 1), {
         "ours midpoint": lambda _: ours("midpoint", ud.Linear()),
         "ours midpoint, network of velocity": lambda _: ours_network("midpoint", ud.Linear(), "velocity"),
         "flow_matching midpoint": lambda _: flow_matching("midpoint"),
         "flow_matching midpoint, network": lambda _: flow_matching("midpoint", network=True),
     }),
-    "rk4": Method(17, 15, 5, 1, {
+    "rk4": Method(17, 15, 5, (1, 1), {
         "ours rk4": lambda _: ours("rk4", ud.Linear()),
         "ours rk4, network of velocity": lambda _: ours_network("rk4", ud.Linear(), "velocity"),
         "flow_matching rk4": lambda _: flow_matching("rk4"),
@@ -279,7 +280,7 @@ def measure(rows: list[Row], rounds: int, clock: Callable[[], float]) -> dict[st
 
 
 def built(method: Method, folder: Path | None, x: Tensor, answer: Tensor, steps: int) -> list[Row]:
-    floors = {"floor": 1, "floor with a network": method.answers}
+    floors = dict(zip(("floor", "floor with a network"), method.answers))
     found = [Row(name, floor(x, method.states, answers, steps)) for name, answers in floors.items()]
     for name, get in method.rows.items():
         try:

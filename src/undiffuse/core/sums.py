@@ -28,10 +28,10 @@ _WORTH_COMPILING = 1 << 20
 
 
 class _Kernels(NamedTuple):
-    """By the number of terms: a sum, and two sums of the same tensors."""
+    """By the number of terms: a sum, a new tensor, and one that is written over the first."""
 
-    one: Mapping[int, Callable[..., Tensor]]
-    two: Mapping[int, Callable[..., tuple[Tensor, Tensor]]]
+    new: Mapping[int, Callable[..., Tensor]]
+    over: Mapping[int, Callable[..., Tensor]]
 
 
 _kernels: _Kernels | None = None
@@ -62,11 +62,12 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
     try:
         # Each has code of its own, of which torch makes few variants: of dtypes, devices and modes.
         kernels = _Kernels(
-            *({k: torch.compile(_copy(f, k), **how) for k in range(2, _TERMS + 1)} for f in (_sum, _sums))
+            *({k: torch.compile(_copy(f, k), **how) for k in range(2, _TERMS + 1)} for f in (_sum, _sum_over))
         )
         rows = torch.zeros(4, _LARGE, device="cuda" if torch.cuda.is_available() else "cpu").split(1)
         with torch.no_grad():
-            kernels.one[3](rows[0][0, :3], *_rows(rows[1:]))
+            for kernel in kernels:
+                kernel[3](rows[0][0, :3].clone(), *(row.clone().view(-1) for row in rows[1:]))
     except Exception as error:  # of torch, of the backend, or of the compiler
         said = " ".join(str(error).partition("\n\n")[0].split())
         raise ArgumentError(
@@ -76,11 +77,6 @@ def fuse_sums(on: bool = True, backend: str = "inductor") -> None:
     _kernels = kernels
 
 
-def fusing(x: Tensor) -> bool:
-    """Whether sums of three tensors and more such as x are one pass."""
-    return _kernels is not None and _large((x,), _WORTH_COMPILING)
-
-
 def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
     total = weights[0] * tensors[0]
     for k, x in enumerate(tensors[1:], start=1):
@@ -88,25 +84,24 @@ def _sum(weights: Tensor, *tensors: Tensor) -> Tensor:
     return total
 
 
-def _sums(weights: Tensor, others: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return _sum(weights, *tensors), _sum(others, *tensors)
+def _sum_over(weights: Tensor, *tensors: Tensor) -> Tensor:
+    return tensors[0].copy_(_sum(weights, *tensors))
 
 
 def _copy(function: Any, k: int) -> FunctionType:
     return FunctionType(function.__code__.replace(co_name=f"{function.__name__}_{k}"), globals())
 
 
-def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Rows of numbers that are no views, so that what is compiled fits all shapes."""
-    return [x.view(-1).data for x in tensors]
-
-
-def _fused(kernels: Mapping[int, Callable[..., Tensor]], tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    shape, terms, rest = tensors[0].shape, _rows(tensors), list(weights)
+def _fused(kernels: _Kernels, tensors: Sequence[Tensor], weights: Sequence[float], spent: Tensor | None) -> Tensor:
+    over = tensors[0] is spent
+    # Rows of numbers that are no views, so that what is compiled fits all shapes.
+    terms, rest = [x.view(-1).data for x in tensors], list(weights)
     while len(terms) > 1:
         now = torch.tensor(rest[:_TERMS], dtype=terms[0].dtype, device=terms[0].device)
-        terms, rest = [kernels[len(now)](now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
-    return terms[0].view(shape)
+        kernel = (kernels.over if over else kernels.new)[len(now)]
+        terms, rest = [kernel(now, *terms[:_TERMS]), *terms[_TERMS:]], [1.0, *rest[_TERMS:]]
+        over = True  # the sum so far
+    return tensors[0] if tensors[0] is spent else terms[0].view(tensors[0].shape)
 
 
 def added(a: float, b: float) -> float:
@@ -115,36 +110,43 @@ def added(a: float, b: float) -> float:
     return 0.0 if abs(found) <= UNIT * abs(a) else found
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`sum_j w_j x_j` of tensors of one shape, a new one.
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], spent: Tensor | None = None) -> Tensor:
+    """`sum_j w_j x_j` of tensors of one shape, a new one unless one is `spent`.
 
-    Many numbers on a CPU, without gradients: the first two terms in one pass.
+    Two terms are one pass over memory where the first weight is 1, where they sum to 1 (every path with alpha = 1, and
+    Linear), and, without gradients, of large tensors on a CPU; each further term is one more.
+
+    Args:
+        tensors: at least one.
+        weights: theirs.
+        spent: one of the tensors, or another, that is needed no longer: where no gradient is asked it may be written
+            over with the sum, and returned.
     """
-    first, *rest = tensors
-    if _kernels is not None and len(tensors) > 2 and _large(tensors, _WORTH_COMPILING):
-        return _fused(_kernels.one, tensors, weights)
-    if rest and abs(weights[0] - 1) <= UNIT:
-        total = torch.add(first, rest.pop(0), alpha=weights[1])
-    elif rest and first.device.type == "cpu" and _large(tensors[:2], _LARGE):
-        total = _two(first, weights[0], rest.pop(0), weights[1])
+    if torch.is_grad_enabled():
+        spent = None
+    terms = list(zip(tensors, weights))
+    if spent is not None:  # read before it is written
+        terms.sort(key=lambda term: term[0] is not spent)
+    if _kernels is not None and len(terms) > 2 and _large(tensors, _WORTH_COMPILING):
+        return _fused(_kernels, [x for x, _ in terms], [w for _, w in terms], spent)
+    (first, weight), *rest = terms
+    if rest and abs(weight - 1) <= UNIT:
+        x, w = rest.pop(0)
+        total = torch.add(first, x, alpha=w, out=spent)
+    elif rest and abs(weight + rest[0][1] - 1) <= UNIT:
+        total = torch.lerp(first, *rest.pop(0), out=spent)
+    elif rest and first.device.type == "cpu" and _large((first, rest[0][0]), _LARGE):
+        total = _two(first, weight, *rest.pop(0), spent)
     else:
-        total = torch.mul(first, weights[0])
-    for x, w in zip(rest, weights[len(tensors) - len(rest) :]):
+        total = torch.mul(first, weight, out=spent)
+    for x, w in rest:
         total.add_(x, alpha=w)
     return total
 
 
-def weighted_sums(
-    tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Two sums of the same tensors; in one pass where sums are fused."""
-    if _kernels is not None and 2 <= len(tensors) <= _TERMS and _large(tensors, _WORTH_COMPILING):
-        like, rows = tensors[0], _rows(tensors)
-        both = [torch.tensor(list(w), dtype=like.dtype, device=like.device) for w in (weights, others)]
-        first, second = _kernels.two[len(rows)](*both, *rows)
-        return first.view(like.shape), second.view(like.shape)
-    first, second = ([(x, v) for x, v in zip(tensors, w) if v != 0] for w in (weights, others))
-    return weighted_sum(*zip(*first)), weighted_sum(*zip(*second))
+def large(x: Tensor) -> bool:
+    """Whether x has so many numbers on a CPU that passes over them are what a sum costs."""
+    return x.device.type == "cpu" and _large((x,), _LARGE)
 
 
 def _large(tensors: Sequence[Tensor], least: int) -> bool:
@@ -154,24 +156,13 @@ def _large(tensors: Sequence[Tensor], least: int) -> bool:
     return first.numel() >= least and alike and not torch.is_grad_enabled()
 
 
-def _two(x: Tensor, a: float, d: Tensor, b: float) -> Tensor:
+def _two(x: Tensor, a: float, d: Tensor, b: float, spent: Tensor | None) -> Tensor:
     """`a x + b d` as `a x + b 1 d^T`: of all operations the one that weights two terms in a pass."""
-    return torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b).view(x.shape)
+    total = torch.empty_like(x) if spent is None else spent
+    torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b, out=total.view(1, -1))
+    return total
 
 
-def combine(x: Event, a: float, d: Event, b: float, *, spend: bool = False) -> Event:
-    """`a x + b d`, in one pass over memory where a is 0 or 1, a + b = 1 (every path with alpha = 1, and Linear), or the
-    tensors are large.
-
-    x is left out where a is 0, whatever is in it, but not where d is spent.
-
-    `spend`: d is the caller's own, and is overwritten.
-    """
-    whole = abs(a + b - 1) <= UNIT
-    if spend:
-        return d.lerp_(x, a) if whole else d.mul_(b).add_(x, alpha=a)
-    if a == 0:
-        return d * b
-    if abs(a - 1) <= UNIT:
-        return torch.add(x, d, alpha=b)
-    return torch.lerp(d, x, a) if whole else weighted_sum((x, d), (a, b))
+def combine(x: Event, a: float, d: Event, b: float, spent: Event | None = None) -> Event:
+    """`a x + b d` by `weighted_sum`; x is left out where a is 0, whatever is in it."""
+    return weighted_sum((d,), (b,), spent) if a == 0 else weighted_sum((x, d), (a, b), spent)

@@ -42,10 +42,10 @@ class Answer(NamedTuple):
         """Of x_t and of the output in `a x_t + b E[x_0 | x_t]`."""
         return added(a, b * self.on_x), b * self.on_output
 
-    def plus(self, x_t: Event, a: float, b: float) -> Event:
-        """`a x_t + b E[x_0 | x_t]`."""
+    def plus(self, x_t: Event, a: float, b: float, spent: Event | None = None) -> Event:
+        """`a x_t + b E[x_0 | x_t]`; `spent`: a tensor that may be written over, such as x_t."""
         on_x, on_output = self.weights(a, b)
-        return combine(x_t, on_x, self.output, on_output)
+        return combine(x_t, on_x, self.output, on_output, spent)
 
     def data(self, x_t: Event) -> Event:
         """`E[x_0 | x_t]`."""

@@ -15,6 +15,7 @@ from undiffuse.core.errors import ArgumentError
 from undiffuse.core.instants import sent
 from undiffuse.core.random import Streams
 from undiffuse.core.shapes import as_time
+from undiffuse.core.sharing import alone
 from undiffuse.fields import Answer, Denoiser
 from undiffuse.paths import Path, for_values
 from undiffuse.solvers.grids import make_grid
@@ -101,6 +102,15 @@ class Course(NamedTuple):
     denoised: Tensor | None = None
 
 
+def spends(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a `Solver.step` that writes over x, and over what its state holds, where `spare` says that it may.
+
+    It returns a tensor of its own, and keeps x nowhere but in its state. A method that overrides it is not marked.
+    """
+    step.spends = True  # type: ignore[attr-defined]
+    return step
+
+
 class Bound:
     """A denoiser with its condition and its grid: called at scalar times, counted, its last answer kept.
 
@@ -110,6 +120,9 @@ class Bound:
         field: the denoiser.
         cond: passed to every call.
         grid: times at which solvers will ask for the scales; others are computed when asked for.
+
+    Attributes:
+        own: a state that only the run's loop and its solver hold, so that the step from it may write over it.
 
     One `Bound` serves one run: x of one dtype on one device.
     """
@@ -128,6 +141,7 @@ class Bound:
         self._scales = scales_at(self.path, self._asked)
         self._rates: Mapping[float, tuple[float, float]] | None = None
         self._times: dict[float, Tensor] | None = None
+        self.own: Tensor | None = None
 
     def foresee(self, times: Sequence[float]) -> None:
         """Times inside the grid's steps at which the solver will ask too, before the first call."""
@@ -138,7 +152,7 @@ class Bound:
     def __call__(self, x: Event, t: Tensor | float) -> Event:
         """`E[x_0 | x_t]`, in the dtype of x."""
         self._count_all()
-        self.denoised = denoised = self._checked(self.field(x, self._time(t, x), self.cond), x)
+        self.denoised = denoised = self._checked(self.field(self._shown(x), self._time(t, x), self.cond), x)
         return denoised
 
     def ask(self, x: Event, t: Tensor | float) -> Answer:
@@ -149,9 +163,10 @@ class Bound:
             self._reading, self._begun = self.field.reading(self._asked, x), True
         self._count_all()
         self._last = None
-        answer = None if self._reading is None else self._reading(x, float(t), self.cond)
+        shown = self._shown(x)
+        answer = None if self._reading is None else self._reading(shown, float(t), self.cond)
         if answer is None:
-            answer = self.field.ask(x, self._time(t, x), self.cond)
+            answer = self.field.ask(shown, self._time(t, x), self.cond)
             output = self._checked(answer.output, x)
             answer = answer if output is answer.output else answer._replace(output=output)
         self._last = x, answer
@@ -159,12 +174,26 @@ class Bound:
 
     @property
     def denoised(self) -> Tensor | None:
-        """The last answer for the whole batch, added up when it is asked for."""
+        """The last answer for the whole batch, added up when it is asked for; None where x has been written over."""
         return None if self._last is None else self._last[1].data(self._last[0])
 
     @denoised.setter
     def denoised(self, denoised: Tensor) -> None:
         self._last = denoised, Answer(denoised)
+
+    def spare(self, x: Tensor) -> bool:
+        """Whether x, of which nothing more will be asked, may be written over: the run's own, and kept by no one.
+
+        The field is shown x as another tensor of the same memory, so that it is known whether it keeps that, or a view.
+        """
+        if x is not self.own or not alone(x):
+            return False
+        if self._last is not None and self._last[0] is x and self._last[1].on_x != 0:
+            self._last = None
+        return True
+
+    def _shown(self, x: Tensor) -> Tensor:
+        return x.detach() if x is self.own else x
 
     def _settle(self) -> None:
         """Add the last answer up before its output may be overwritten."""
@@ -297,6 +326,11 @@ class StreamNoise:
 def ask(field: Field, x: Event, t: Tensor | float) -> Answer:
     """`E[x_0 | x_t]` as a sum, where the field knows it as one; to be used before the next call."""
     return field.ask(x, t) if isinstance(field, (Bound, Denoiser)) else Answer(field(x, t))
+
+
+def spare(field: Field, x: Event) -> Event | None:
+    """x where it may be written over (`Bound.spare`): what a sum may spend."""
+    return x if isinstance(field, Bound) and field.spare(x) else None
 
 
 def scales(field: Field, t: Tensor | float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales, spare, spends
 
 
 def exponential_coefficients(field: Field, t: Tensor, s: Tensor) -> tuple[float, float, float]:
@@ -50,11 +50,12 @@ class DDIM(Solver):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
 
+    @spends
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         answer = ask(field, x, t)
         on_x, on_denoised, q = exponential_coefficients(field, t, s)
         if self.eta == 0:
-            return answer.plus(x, on_x, on_denoised), state
+            return answer.plus(x, on_x, on_denoised, spent=spare(field, x)), state
         alpha_s, sigma_s = scales(field, s)
         fresh = (1 - q) * (1 + q) * self.eta**2
         kept = math.sqrt(1 - fresh)  # sqrt(sigma_s^2 - nu^2) / sigma_s

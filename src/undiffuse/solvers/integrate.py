@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
+from undiffuse.core.sums import large
 from undiffuse.fields import Denoiser
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin
@@ -146,13 +147,17 @@ def integrate(
         return _at_once(run, x, grid, solver, corrector, callback)
     draw = noise if noise is not None else _no_noise
     state = solver.init(run, x, grid[0])
+    # Of states that nobody else sees, all but the first are the run's own.
+    owning = callback is None and corrector is None and large(x) and getattr(solver.step, "spends", False)
     for index, (t, s) in enumerate(pairwise(grid.unbind())):
+        run.own = x if owning and index > 0 else None
         x, state = solver.step(run, x, t, s, state, draw)
         if corrector is not None and scales(run, s)[1] > 0:
             x = corrector.correct(run, x, s, draw)
         if callback is not None:
             denoised = run.denoised
             callback(Step(index, float(t), float(s), x, x if denoised is None else denoised, run.calls))
+    run.own = None
     return x
 
 

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError, choose
-from undiffuse.core.sums import fusing, weighted_sum
+from undiffuse.core.sums import combine, weighted_sum
 from undiffuse.fields import Answer
 from undiffuse.paths import Path, is_value
-from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask
+from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, spare, spends
 from undiffuse.solvers.grids import curved_angle, make_grid
 from undiffuse.solvers.level import Level, TimeOf, own_angle, smooth_end
 from undiffuse.solvers.noise_share import NoiseShare
@@ -35,12 +35,12 @@ from undiffuse.solvers.past import (
     Value,
     Weights,
     added,
+    added_up,
     after,
     chosen,
     lengths_of,
     told_by,
     total,
-    total_and_newest,
 )
 from undiffuse.solvers.polynomials import COORDINATES, Coordinate, flow_weights, lagrange, time_weights
 from undiffuse.solvers.runge_kutta import Euler, velocity_coefficients
@@ -187,6 +187,7 @@ class Multistep(Solver):
         # Where alpha = 0 many steps begin nearer to it, so that what the first one lacks vanishes with their size.
         return make_grid(path, steps, curved_angle(self.unit, max(20.0, float(steps))))
 
+    @spends
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         if self.scale is None:
             return self.for_event(x.shape[1:]).step(field, x, t, s, state, noise)
@@ -194,7 +195,8 @@ class Multistep(Solver):
         start, end = (Level.of(field, time, self.unit) for time in (t, s))
         if start.alpha == 0:
             return self._first(field, x, start, end, noise)
-        value = self._value(field, x, ask(field, x, t), start, t)
+        answer = ask(field, x, t)
+        value = self._value(field, x, answer, start, t)
         levels, values = (start, *past.levels), (value, *past.values)
         lengths = (*self._lengths(value), *past.lengths)
         made = self._trusted(field, start, end, levels[: self.points])
@@ -207,16 +209,17 @@ class Multistep(Solver):
                 made = chosen([*fewer, made], counts - 1)
         again = self.corrector and past.x_next is x and past.made is not None
         weights = after(made, self._correction(field, past, start, levels)) if again else made
-        if value.lent:
-            moved, value = total_and_newest(x, values, weights)
-            values = (value, *past.values)
+        kept, spent = self.points - (self.miss is None and not self.corrector), spare(field, x)
+        if len(value.tensors) > 1:  # x takes in the value, and the oldest value, no longer needed, the new x
+            gone = values[kept] if spent is not None and len(values) > kept else None
+            moved = total(x, values, weights, gone.tensors[0] if gone is not None and gone.own else None)
+            values = (added_up(value, spent), *past.values)
         else:
-            moved = total(x, values, weights)
+            moved = total(x, values, weights, spent)
         if self.eta:
             # A corrected step keeps this noise: the correction is added to what was predicted.
             moved = _noised(moved, noise, self.noise_share.step(start, end)[1])
-        k = self.points
-        return moved, Past(levels[:k], values[:k], lengths[:k], start, moved, made)
+        return moved, Past(levels[:kept], values[:kept], lengths[:kept], start, moved, made)
 
     def _first(self, field: Field, x: Event, start: Level, end: Level, noise: Noise) -> tuple[Event, Any]:
         """Out of alpha = 0: `x_s = alpha_s D + sigma_s z`, z what is kept of `x / sigma` and fresh noise.
@@ -239,10 +242,10 @@ class Multistep(Solver):
         else:
             on_noise, on_denoised = math.cos(self.phi), -math.sin(self.phi) / self.unit
         if self.prediction == "data":
-            value = Value((denoised,), (1.0,))
+            value = Value((denoised,))
             made = on_x, (end.alpha / self.unit,)
             return moved, Past((level,), (value,), self._lengths(value), start, moved, made)
-        value = self._kept(x, Answer(denoised), (on_noise / start.sigma, on_denoised))
+        value = Value((combine(x, on_noise / start.sigma, denoised, on_denoised),), own=True)
         # With phi = 0 the value goes to infinity at the start and the step stays as it is; else D is made of x and P.
         made = None
         if self.phi > 0:
@@ -260,18 +263,13 @@ class Multistep(Solver):
         return self._kept(x, answer, weights)
 
     def _kept(self, x: Event, answer: Answer, weights: tuple[float, float]) -> Value:
-        """A value of x and D: as these, where D is a tensor and it is asked for once more at most, else added up.
-
-        What lies in a network's output is only lent: until the next call. Where sums are fused it is added up with the
-        step, in one pass.
-        """
-        of_x, of_output = answer.weights(*weights)
-        if answer.on_x == 0 and (of_x, of_output) == (0.0, 1.0):
-            return Value((answer.output,), (1.0,))
-        lent = answer.on_x != 0 and self.miss is None and fusing(x)
-        if lent or (self.points + self.corrector <= 2 and answer.on_x == 0):
-            return Value((x, answer.output), (of_x, of_output), lent)
-        return Value((answer.plus(x, *weights),), (1.0,))
+        """A value of x and D: D itself, or the two, to be added up with the step; at once where its length is asked."""
+        both = answer.weights(*weights)
+        if answer.on_x == 0 and both == (0.0, 1.0):
+            return Value((answer.output,))
+        if self.miss is None:
+            return Value((x, answer.output), both)
+        return Value((answer.plus(x, *weights),), own=True)
 
     def _lengths(self, value: Value) -> tuple[Tensor, ...]:
         """Of the value's samples; none where no one asks for them."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.core.shapes import pad_to
-from undiffuse.core.sums import weighted_sum, weighted_sums
+from undiffuse.core.sums import weighted_sum
 from undiffuse.solvers.base import Event
 from undiffuse.solvers.level import Level
 from undiffuse.solvers.polynomials import lagrange
@@ -26,11 +26,14 @@ Weights = tuple[Weight, Sequence[Weight]]
 
 
 class Value(NamedTuple):
-    """An evaluation P as a sum of tensors; `lent`: of some that the model's next call may overwrite."""
+    """An evaluation P as a sum of tensors: one, or x and the model's output, which the next call may overwrite.
+
+    `own`: of one that the run has made, and shown to nobody.
+    """
 
     tensors: tuple[Tensor, ...]
-    weights: tuple[float, ...]
-    lent: bool = False
+    weights: tuple[float, ...] = (1.0,)
+    own: bool = False
 
 
 class Past(NamedTuple):
@@ -60,29 +63,25 @@ def after(step: Weights, correction: Weights) -> Weights:
     return on_x * correction[0], added(weights, [on_x * w for w in correction[1]])
 
 
-def total(x: Event, values: Sequence[Value], weights: Weights) -> Event:
-    """x and values by their weights; each tensor once, and those of weight 0 not at all."""
+def total(x: Event, values: Sequence[Value], weights: Weights, spent: Event | None = None) -> Event:
+    """x and values by their weights; each tensor once, those of weight 0 not at all; `spent` as in `weighted_sum`."""
     tensors, factors = _terms(x, values, weights)
     numbers = [w for w in factors if not isinstance(w, Tensor)]
     if len(numbers) == len(factors):
-        return weighted_sum(tensors, numbers)
+        return weighted_sum(tensors, numbers, spent)
     # Sums and products, not a contraction: those keep their precision under autocast.
     each = [pad_to(w.to(x), x) if isinstance(w, Tensor) else x.new_full((), w) for w in factors]
-    out = each[0] * tensors[0]
+    total = each[0] * tensors[0]
     for w, tensor in zip(each[1:], tensors[1:]):
-        out = torch.addcmul(out, w, tensor)
-    return out
+        total = torch.addcmul(total, w, tensor)
+    return total
 
 
-def total_and_newest(x: Event, values: Sequence[Value], weights: Weights) -> tuple[Event, Value]:
-    """`total`, by weights that are numbers, and the newest value added up, which goes by x and another tensor."""
-    tensors, factors = _terms(x, values, weights)
-    newest = values[0]
-    missing = [tensor for tensor in newest.tensors if not any(tensor is other for other in tensors)]
-    tensors, factors = [*tensors, *missing], [*factors, *[0.0] * len(missing)]
-    own = [sum(w for part, w in zip(*newest[:2]) if part is tensor) for tensor in tensors]
-    moved, made = weighted_sums(tensors, factors, own)
-    return moved, Value((made,), (1.0,))
+def added_up(value: Value, spent: Event | None = None) -> Value:
+    """A value as one tensor; `spent` as in `weighted_sum`."""
+    parts, (first, *rest) = zip(*((part, w) for part, w in zip(*value[:2]) if w != 0))
+    # Up to the first weight: a sum that begins with 1 takes no more than a pass.
+    return Value((weighted_sum(parts, (1.0, *(w / first for w in rest)), spent),), (first,), own=True)
 
 
 def _terms(x: Event, values: Sequence[Value], weights: Weights) -> tuple[list[Tensor], list[Weight]]:

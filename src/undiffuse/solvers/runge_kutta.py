@@ -14,7 +14,21 @@ from torch import Tensor
 
 from undiffuse.core.sums import added, combine, weighted_sum
 from undiffuse.paths import Path, for_values
-from undiffuse.solvers.base import Bound, Event, Field, Noise, Scalar, Solver, ask, rates, rates_at, scales, scales_at
+from undiffuse.solvers.base import (
+    Bound,
+    Event,
+    Field,
+    Noise,
+    Scalar,
+    Solver,
+    ask,
+    rates,
+    rates_at,
+    scales,
+    scales_at,
+    spare,
+    spends,
+)
 from undiffuse.solvers.grids import make_grid
 
 Row = tuple[float, ...]
@@ -167,6 +181,7 @@ class RungeKutta(Solver):
     def _tableau(self) -> Tableau:
         return self.nodes, (*self.rows, self.weights)
 
+    @spends
     def step(self, field: Field, x: Event, t: Scalar, s: Scalar, state: Any, noise: Noise) -> tuple[Event, Any]:
         answer, start, end = ask(field, x, t), float(t), float(s)
         stages = state.get((start, end)) if state else None
@@ -175,7 +190,7 @@ class RungeKutta(Solver):
                 return self.last_step(field, x, answer, t, s), state
             stages = Stages.of(self._tableau, start, end, lambda time: velocity_coefficients(field, time))
         if len(stages.rows) == 1:
-            return answer.plus(x, *stages.rows[0]), state
+            return answer.plus(x, *stages.rows[0], spent=spare(field, x)), state
         times = [end if node == 1 else between(start, end, node) for node in self.nodes[1:]]
         if answer.weights(*stages.velocities[0])[0] == 0:
             return self._by_velocities(field, x, answer, times, stages.velocities, end - start), state

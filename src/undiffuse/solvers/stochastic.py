@@ -87,7 +87,7 @@ class EDM(Solver):
         if q == 0:
             return euler, state
         average = torch.lerp(first, field(euler, s), correction_weight(q))
-        return combine(x, on_x, average, on_denoised, spend=True), state
+        return combine(average, on_denoised, x, on_x, spent=average), state
 
     def churn(self, field: Field, x: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """x carried up to a noisier time, and that time; as they are where this step has no churn."""
