@@ -26,9 +26,9 @@ Weights = tuple[Weight, Sequence[Weight]]
 
 
 class Value(NamedTuple):
-    """An evaluation P as a sum of tensors: one, or x and the model's output, which the next call may overwrite.
+    """An evaluation P as a sum of tensors: one, or x and the model's output, which a network's next call may overwrite.
 
-    `own`: of one that the run has made, and shown to nobody.
+    `own`: the first of them is the run's own, and held by nobody else.
     """
 
     tensors: tuple[Tensor, ...]
