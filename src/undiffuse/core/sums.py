@@ -122,7 +122,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], spent: Ten
         spent: one of the tensors, or another, that is needed no longer: where no gradient is asked it may be written
             over with the sum, and returned.
     """
-    if torch.is_grad_enabled():
+    if spent is not None and torch.is_grad_enabled():
         spent = None
     terms = list(zip(tensors, weights))
     if spent is not None:  # read before it is written
@@ -130,18 +130,35 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], spent: Ten
     if _kernels is not None and len(terms) > 2 and _large(tensors, _WORTH_COMPILING):
         return _fused(_kernels, [x for x, _ in terms], [w for _, w in terms], spent)
     (first, weight), *rest = terms
-    if rest and abs(weight - 1) <= UNIT:
-        x, w = rest.pop(0)
-        total = torch.add(first, x, alpha=w, out=spent)
-    elif rest and abs(weight + rest[0][1] - 1) <= UNIT:
-        total = torch.lerp(first, *rest.pop(0), out=spent)
-    elif rest and first.device.type == "cpu" and _large((first, rest[0][0]), _LARGE):
-        total = _two(first, weight, *rest.pop(0), spent)
-    else:
-        total = torch.mul(first, weight, out=spent)
-    for x, w in rest:
+    if not rest:
+        return torch.mul(first, weight, out=spent)
+    total = _two(first, weight, *rest[0], spent)
+    for x, w in rest[1:]:
         total.add_(x, alpha=w)
     return total
+
+
+def combine(x: Event, a: float, d: Event, b: float, spent: Event | None = None) -> Event:
+    """`a x + b d`, as `weighted_sum`; x is left out where a is 0, whatever is in it."""
+    if spent is not None and torch.is_grad_enabled():
+        spent = None
+    if a == 0:
+        return torch.mul(d, b, out=spent)
+    return _two(x, a, d, b, spent) if spent is not d else _two(d, b, x, a, spent)
+
+
+def _two(x: Tensor, a: float, d: Tensor, b: float, spent: Tensor | None) -> Tensor:
+    """`a x + b d`; `spent`: x, or neither, to be written over."""
+    if abs(a - 1) <= UNIT:
+        return torch.add(x, d, alpha=b, out=spent)
+    if abs(a + b - 1) <= UNIT:
+        return torch.lerp(x, d, b, out=spent)
+    if x.device.type == "cpu" and _large((x, d), _LARGE):
+        # As a x + b 1 d^T: of all operations the one that weights two terms in a pass.
+        total = torch.empty_like(x) if spent is None else spent
+        torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b, out=total.view(1, -1))
+        return total
+    return torch.mul(x, a, out=spent).add_(d, alpha=b)
 
 
 def large(x: Tensor) -> bool:
@@ -154,15 +171,3 @@ def _large(tensors: Sequence[Tensor], least: int) -> bool:
     first = tensors[0]
     alike = all(x.is_contiguous() and x.dtype == first.dtype and x.device == first.device for x in tensors)
     return first.numel() >= least and alike and not torch.is_grad_enabled()
-
-
-def _two(x: Tensor, a: float, d: Tensor, b: float, spent: Tensor | None) -> Tensor:
-    """`a x + b d` as `a x + b 1 d^T`: of all operations the one that weights two terms in a pass."""
-    total = torch.empty_like(x) if spent is None else spent
-    torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b, out=total.view(1, -1))
-    return total
-
-
-def combine(x: Event, a: float, d: Event, b: float, spent: Event | None = None) -> Event:
-    """`a x + b d` by `weighted_sum`; x is left out where a is 0, whatever is in it."""
-    return weighted_sum((d,), (b,), spent) if a == 0 else weighted_sum((x, d), (a, b), spent)

@@ -181,14 +181,14 @@ class Bound:
     def denoised(self, denoised: Tensor) -> None:
         self._last = denoised, Answer(denoised)
 
-    def spare(self, x: Tensor) -> bool:
-        """Whether x, of which nothing more will be asked, may be written over: the run's own, and kept by no one.
+    def spare(self) -> bool:
+        """Whether x = `own`, of which nothing more will be asked, may be written over: nobody keeps it.
 
         The field is shown x as another tensor of the same memory, so that it is known whether it keeps that, or a view.
         """
-        if x is not self.own or not alone(x):
+        if self.own is None or not alone(self.own):
             return False
-        if self._last is not None and self._last[0] is x and self._last[1].on_x != 0:
+        if self._last is not None and self._last[0] is self.own and self._last[1].on_x != 0:
             self._last = None
         return True
 
@@ -330,7 +330,7 @@ def ask(field: Field, x: Event, t: Tensor | float) -> Answer:
 
 def spare(field: Field, x: Event) -> Event | None:
     """x where it may be written over (`Bound.spare`): what a sum may spend."""
-    return x if isinstance(field, Bound) and field.spare(x) else None
+    return x if isinstance(field, Bound) and field.own is x and field.spare() else None
 
 
 def scales(field: Field, t: Tensor | float) -> tuple[float, float]:
