@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -11,6 +13,8 @@ from torch._subclasses import FakeTensorMode
 from undiffuse.core import sharing
 from undiffuse.core.sharing import alone
 
+pytestmark = pytest.mark.skipif(sharing._ALONE is None, reason="this torch does not tell who holds a storage")
+
 HOLDERS = {
     "a view": lambda x: x.view(-1),
     "a slice": lambda x: x[1:],
@@ -18,6 +22,8 @@ HOLDERS = {
     "data": lambda x: x.data,
     "a row of many": lambda x: x.unbind()[0],
     "numpy": lambda x: x.numpy(),
+    "its storage": lambda x: x.untyped_storage(),
+    "its typed storage": lambda x: x.storage(),
     "dlpack, of a view": lambda x: torch.utils.dlpack.to_dlpack(x.view(-1)),
     "a graph": lambda x: x.view(-1).requires_grad_().exp().square(),
 }
@@ -33,6 +39,15 @@ def test_a_tensor_is_alone_while_no_other_has_its_memory(hold):
     assert alone(x)
     other = hold(x.clone())
     assert alone(x), other
+
+
+def test_what_other_processes_may_see_is_not_alone():
+    assert not alone(torch.ones(2).share_memory_())
+
+
+def test_asking_needs_no_default_device():
+    code = "import torch; torch.set_default_device('meta'); import undiffuse.core.sharing as s; print(s._PROBE.device)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "cpu"
 
 
 def test_what_is_no_plain_tensor_is_not_alone():

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import undiffuse as ud
 from solvers.measuring import F64, mixture, numbers
 from undiffuse.core import sums
 from undiffuse.core.errors import ArgumentError
-from undiffuse.solvers import SOLVERS, Bound, Multistep, combine, get_solver, integrate, make_grid, sample, weighted_sum
+from undiffuse.solvers import (
+    DDIM,
+    SOLVERS,
+    Bound,
+    Multistep,
+    combine,
+    get_solver,
+    integrate,
+    make_grid,
+    sample,
+    weighted_sum,
+)
 from undiffuse.solvers.polynomials import COORDINATES, flow_weights
 
 LARGE = 16
@@ -125,6 +138,29 @@ def test_two_are_combined(a, b):
     assert not combine(math.nan * x, 0.0, d, b).isnan().any()
 
 
+@pytest.mark.parametrize("a", [2.5e-5, 1 - 2.5e-5])
+def test_weights_that_sum_to_1_keep_the_digits_of_both(a):
+    """By the other weight 1 - a is rounded, to 6e-8 of a term 80 / 2.5e-5 times larger."""
+    x, d = (numbers(100, seed=k).float() for k in (0, 1))
+    x, d = (80 * x, d) if a < 0.5 else (x, 80 * d)
+    error = combine(x, a, d, 1 - a).to(F64) - plain((x, d), (a, 1 - a))
+    assert error.square().mean().sqrt() < 1e-7
+
+
+def test_tensors_of_two_types_are_summed():
+    x, d = numbers(1, 5).float(), numbers(1, 5, seed=1)
+    assert torch.allclose(weighted_sum((x, d), (0.3, 0.7)).to(F64), plain((x, d), (0.3, 0.7)), atol=1e-6)
+
+
+@pytest.mark.usefixtures("low_border")
+def test_a_spent_tensor_of_another_layout_is_written_too():
+    x, d = numbers(1, 3, 4, 5), numbers(1, 3, 4, 5, seed=1)
+    spent = torch.empty_like(x, memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert weighted_sum((x, d), (0.4, 0.3), spent) is spent
+    assert torch.allclose(spent, 0.4 * x + 0.3 * d, atol=1e-15)
+
+
 def test_with_gradients_nothing_is_written_over():
     x, d = numbers(1, 5).requires_grad_(), numbers(1, 5, seed=1)
     before = x.detach().clone()
@@ -226,19 +262,74 @@ def test_states_of_which_a_model_keeps_a_part_are_not(name, keep):
         assert torch.equal(torch.as_tensor(kept), torch.as_tensor(keep(copy)))
 
 
-class Keeping(ud.solvers.DDIM):
-    """Keeps the states that it is given, and makes."""
+def kept_by(step):
+    """The step, made to keep all states that it is given, and makes."""
+    kept = []
 
-    def step(self, field, x, t, s, state, noise):
-        moved, _ = super().step(field, x, t, s, None, noise)
-        kept = [*(state or []), (x, x.clone()), (moved, moved.clone())]
+    @functools.wraps(step)
+    def keeping(*args):
+        moved, state = step(*args)
+        kept.extend((x, x.clone()) for x in (args[-5], moved))
         assert all(torch.equal(a, b) for a, b in kept)
-        return moved, kept
+        return moved, state
+
+    return keeping
 
 
 @pytest.mark.usefixtures("low_border")
 def test_a_solver_of_one_s_own_may_keep_its_states():
-    ud.sample(Places(ud.VP()), noise=numbers(3, 2 * LARGE), solver=Keeping(), steps=6)
+    class Overriding(DDIM):
+        def step(self, *args):
+            return keeping(self, *args)
+
+    class Wrapping(DDIM):
+        step = kept_by(DDIM.step)
+
+    keeping, replaced = kept_by(DDIM.step), DDIM()
+    object.__setattr__(replaced, "step", kept_by(replaced.step))
+    for solver in (Overriding(), Wrapping(), replaced):
+        ud.sample(Places(ud.VP()), noise=numbers(3, 2 * LARGE), solver=solver, steps=6)
+
+
+@pytest.mark.usefixtures("low_border")
+def test_a_corrector_may_keep_its_states():
+    class Nudge:
+        def __init__(self):
+            self.kept = []
+
+        def correct(self, field, x, t, noise):
+            moved = 1.01 * x
+            self.kept += [(x, x.clone()), (moved, moved.clone())]
+            assert all(torch.equal(a, b) for a, b in self.kept)
+            return moved
+
+    ud.sample(Places(ud.VP()), noise=numbers(3, 2 * LARGE), solver="ddim", steps=6, corrector=Nudge())
+
+
+@pytest.mark.usefixtures("low_border")
+@pytest.mark.parametrize("name", ["dpmpp-2m", "deis-2", "unipc-2", "ab3"])
+def test_a_step_of_one_s_own_leaves_its_state_as_it_was(name):
+    solver, times = get_solver(name), make_grid(ud.VP(), 8, "angle")
+    for field in (Places(ud.VP()), ud.NetworkDenoiser(Net(), ud.VP(), "noise")):
+        bound, x, state = Bound(field, grid=times), numbers(3, 2 * LARGE), None
+        with torch.no_grad():
+            for t, s in itertools.pairwise(times[:5]):
+                x, state = solver.step(bound, x, t, s, state, None)
+            twice = [solver.step(bound, x, times[4], times[5], state, None)[0] for _ in range(2)]
+        assert torch.equal(*twice)
+
+
+@pytest.mark.usefixtures("low_border")
+def test_the_last_answer_is_that_of_a_state_that_is_still_there():
+    times = make_grid(ud.VP(), 6, "angle")[:5]
+    for solver in ("ddim", "dpmpp-2m", "heun"):
+        bound = Bound(ud.NetworkDenoiser(Net(), ud.VP(), "noise"), grid=times)
+        states = []
+        with torch.no_grad():
+            integrate(bound, numbers(3, 2 * LARGE), times, get_solver(solver), callback=states.append)
+            integrate(bound, numbers(3, 2 * LARGE), times, get_solver(solver))
+        assert bound.denoised is None or torch.equal(bound.denoised, states[-1].denoised)
+        assert solver == "heun" or bound.denoised is None
 
 
 @pytest.mark.usefixtures("low_border")
@@ -258,12 +349,31 @@ def test_what_a_run_returns_is_the_caller_s(name):
 @pytest.mark.parametrize("path", [ud.Linear(), ud.VP(), ud.Karras()], ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("name", STEPWISE)
 def test_a_run_that_writes_over_its_states_is_the_one_that_does_not(name, path):
-    exact, noise = mixture().denoiser(path), path.prior_std * numbers(40, 2)
-    network = ud.NetworkDenoiser(Says(exact), path, "noise")
-    for field in (exact, network) if isinstance(path, ud.VP) else (exact,):
+    noise = path.prior_std * numbers(40, 2)
+    fields = [mixture().denoiser(path)]
+    for prediction, own in itertools.product(("noise", "velocity", "data", "edm"), (ud.VP(), ud.Linear(), ud.Karras())):
+        network = ud.NetworkDenoiser(Net(), own, prediction)
+        fields += [network, ud.on_path(network, path)] if own == path else [ud.on_path(network, path)]
+    for field in fields:
         asked = {"noise": noise, "solver": name, "steps": 7, "seed": 0}
         watched = sample(field, **asked, callback=lambda step: None)
         assert torch.allclose(sample(field, **asked), watched, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("low_border")
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "edm", "dpmpp-2m", "deis-2", "ab3"])
+def test_derivatives_forward_and_batches_pass_through_a_large_run(name):
+    path = ud.Karras() if name == "edm" else ud.VP()
+    field, x, along = mixture().denoiser(path), path.prior_std * numbers(40, 2), numbers(40, 2, seed=1)
+    ran = functools.partial(ud.sample, field, solver=name, steps=6, seed=0)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(ran(noise=forward_ad.make_dual(x, along))).tangent
+    step = 1e-5 * along
+    assert torch.allclose(found, (ran(noise=x + step) - ran(noise=x - step)) / 2e-5, rtol=1e-6, atol=1e-7)
+    times, solver = get_solver(name).default_grid(path, 6), get_solver(name).for_steps(6)
+    with torch.no_grad():
+        both = torch.func.vmap(lambda x: integrate(field, x, times, solver))(torch.stack([x, x + 0.1]))
+    assert torch.allclose(both[0], ran(noise=x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", [ud.Linear(), ud.VP(), ud.Karras()], ids=lambda path: type(path).__name__)

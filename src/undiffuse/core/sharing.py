@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -10,22 +12,25 @@ from torch import Tensor
 _count = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _holders(x: Tensor) -> int:
+def _holders(x: Tensor) -> tuple[int, int]:
+    """Of the memory of x, and of the Python object that stands for it."""
     assert _count is not None
-    return _count(x.untyped_storage()._cdata)
+    storage = x.untyped_storage()
+    return _count(storage._cdata), sys.getrefcount(storage)
 
 
-_ALONE = None if _count is None else _holders(torch.empty(1))
+_PROBE = torch.empty(1, device="cpu")
+_ALONE = None if _count is None else _holders(_PROBE)
 
 
 def alone(x: Tensor) -> bool:
-    """Whether x is a plain tensor that shares its memory with no other one, a view say; False where torch cannot tell.
+    """Whether x is a plain tensor whose memory no view, storage or other process has; False where torch cannot tell.
 
     Who holds x itself is the caller's affair.
     """
     if _ALONE is None or type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     try:
-        return _holders(x) == _ALONE
+        return _holders(x) == _ALONE and not x.is_shared()
     except NotImplementedError:  # of torch.func, whose tensors have none
         return False

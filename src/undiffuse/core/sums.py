@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from undiffuse.core.errors import ArgumentError
 
@@ -119,10 +120,10 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], spent: Ten
     Args:
         tensors: at least one.
         weights: theirs.
-        spent: one of the tensors, or another, that is needed no longer: where no gradient is asked it may be written
-            over with the sum, and returned.
+        spent: a tensor that is needed no longer, once among them or not at all: where no derivatives are asked it may
+            be written over with the sum, and returned.
     """
-    if spent is not None and torch.is_grad_enabled():
+    if spent is not None and _differentiating():
         spent = None
     terms = list(zip(tensors, weights))
     if spent is not None:  # read before it is written
@@ -140,7 +141,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], spent: Ten
 
 def combine(x: Event, a: float, d: Event, b: float, spent: Event | None = None) -> Event:
     """`a x + b d`, as `weighted_sum`; x is left out where a is 0, whatever is in it."""
-    if spent is not None and torch.is_grad_enabled():
+    if spent is not None and _differentiating():
         spent = None
     if a == 0:
         return torch.mul(d, b, out=spent)
@@ -151,13 +152,15 @@ def _two(x: Tensor, a: float, d: Tensor, b: float, spent: Tensor | None) -> Tens
     """`a x + b d`; `spent`: x, or neither, to be written over."""
     if abs(a - 1) <= UNIT:
         return torch.add(x, d, alpha=b, out=spent)
-    if abs(a + b - 1) <= UNIT:
-        return torch.lerp(x, d, b, out=spent)
-    if x.device.type == "cpu" and _large((x, d), _LARGE):
+    if abs(a + b - 1) <= UNIT and x.dtype == d.dtype:
+        # From the larger weight on: 1 - b in float32 has no digits of a small a.
+        return torch.lerp(x, d, b, out=spent) if abs(b) <= abs(a) else torch.lerp(d, x, a, out=spent)
+    if x.device.type == "cpu" and _large((x, d) if spent is None else (x, d, spent), _LARGE):
         # As a x + b 1 d^T: of all operations the one that weights two terms in a pass.
-        total = torch.empty_like(x) if spent is None else spent
-        torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b, out=total.view(1, -1))
-        return total
+        out = None if spent is None else spent.view(1, -1)
+        total = torch.addr(x.view(1, -1), x.new_ones(1), d.view(-1), beta=a, alpha=b, out=out)
+        # Not a view, which would share its memory with what it is a view of.
+        return torch.ops.aten._unsafe_view(total, x.shape) if spent is None else spent
     return torch.mul(x, a, out=spent).add_(d, alpha=b)
 
 
@@ -166,8 +169,13 @@ def large(x: Tensor) -> bool:
     return x.device.type == "cpu" and _large((x,), _LARGE)
 
 
+def _differentiating() -> bool:
+    """Whether derivatives may be asked, backward or forward."""
+    return torch.is_grad_enabled() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def _large(tensors: Sequence[Tensor], least: int) -> bool:
-    """Whether all can be seen as plain rows of the same many numbers, of which no gradient is asked."""
+    """Whether all can be seen as plain rows of the same many numbers, of which no derivatives are asked."""
     first = tensors[0]
     alike = all(x.is_contiguous() and x.dtype == first.dtype and x.device == first.device for x in tensors)
-    return first.numel() >= least and alike and not torch.is_grad_enabled()
+    return first.numel() >= least and alike and not _differentiating()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -102,13 +102,23 @@ class Course(NamedTuple):
     denoised: Tensor | None = None
 
 
-def spends(step: Callable[..., Any]) -> Callable[..., Any]:
+_SPENDING: set[Callable[..., Any]] = set()
+S = TypeVar("S", bound=Callable[..., Any])
+
+
+def spends(step: S) -> S:
     """Marks a `Solver.step` that writes over x, and over what its state holds, where `spare` says that it may.
 
-    It returns a tensor of its own, and keeps x nowhere but in its state. A method that overrides it is not marked.
+    It returns a tensor of its own, and keeps x nowhere but in its state. A method that overrides or wraps it is not
+    marked.
     """
-    step.spends = True  # type: ignore[attr-defined]
+    _SPENDING.add(step)
     return step
+
+
+def spending(solver: Solver) -> bool:
+    """Whether its step is marked by `spends`."""
+    return getattr(solver.step, "__func__", None) in _SPENDING
 
 
 class Bound:

@@ -16,7 +16,7 @@ from undiffuse.core.sums import large
 from undiffuse.fields import Denoiser
 from undiffuse.solvers.adaptive_sde import AdaptiveSDE
 from undiffuse.solvers.annealed import AnnealedLangevin
-from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales
+from undiffuse.solvers.base import Bound, Event, Noise, Solver, scales, spending
 from undiffuse.solvers.corrector import LangevinCorrector, Stay
 from undiffuse.solvers.exponential import DDIM
 from undiffuse.solvers.flow import Adaptive
@@ -148,7 +148,8 @@ def integrate(
     draw = noise if noise is not None else _no_noise
     state = solver.init(run, x, grid[0])
     # Of states that nobody else sees, all but the first are the run's own.
-    owning = callback is None and corrector is None and large(x) and getattr(solver.step, "spends", False)
+    unseen = callback is None and corrector is None and type(run) is Bound
+    owning = unseen and large(x) and spending(solver)
     for index, (t, s) in enumerate(pairwise(grid.unbind())):
         run.own = x if owning and index > 0 else None
         x, state = solver.step(run, x, t, s, state, draw)

@@ -210,7 +210,7 @@ class Multistep(Solver):
         again = self.corrector and past.x_next is x and past.made is not None
         weights = after(made, self._correction(field, past, start, levels)) if again else made
         kept, spent = self.points - (self.miss is None and not self.corrector), spare(field, x)
-        if len(value.tensors) > 1:
+        if kept and len(value.tensors) > 1:
             # The oldest value is no longer needed. The newest stays x and D where it is asked for once more only.
             gone = values[kept] if spent is not None and len(values) > kept else None
             moved = total(x, values, weights, gone.tensors[0] if gone is not None and gone.own else None)

@@ -79,8 +79,9 @@ def total(x: Event, values: Sequence[Value], weights: Weights, spent: Event | No
 
 def added_up(value: Value, spent: Event | None = None) -> Value:
     """A value as one tensor; `spent` as in `weighted_sum`."""
-    parts, (first, *rest) = zip(*((part, w) for part, w in zip(*value[:2]) if w != 0))
-    # Up to the first weight: a sum that begins with 1 takes no more than a pass.
+    terms = [(part, w) for part, w in zip(*value[:2]) if w != 0]
+    # Up to the largest weight: a sum that begins with 1 takes no more than a pass.
+    parts, (first, *rest) = zip(*sorted(terms, key=lambda term: -abs(term[1])))
     return Value((weighted_sum(parts, (1.0, *(w / first for w in rest)), spent),), (first,), own=True)
 
 

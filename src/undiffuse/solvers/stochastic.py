@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.core.errors import ArgumentError
+from undiffuse.core.sharing import alone
 from undiffuse.core.sums import combine
 from undiffuse.solvers.base import Event, Field, Noise, Scalar, Solver, ask, scales
 from undiffuse.solvers.exponential import exponential_coefficients
@@ -87,7 +88,7 @@ class EDM(Solver):
         if q == 0:
             return euler, state
         average = torch.lerp(first, field(euler, s), correction_weight(q))
-        return combine(average, on_denoised, x, on_x, spent=average), state
+        return combine(average, on_denoised, x, on_x, spent=average if alone(average) else None), state
 
     def churn(self, field: Field, x: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """x carried up to a noisier time, and that time; as they are where this step has no churn."""
